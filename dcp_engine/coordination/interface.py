@@ -1,0 +1,148 @@
+"""One step on every rank: what savers and loaders know of the other ranks.
+
+Belongs here: the abstract ``Session`` and ``Operation`` and the data classes they speak in. The
+implementations are beside this module: ``single`` (no other ranks), ``store`` (a c10d store),
+``collective`` (object collectives, where no store can be reached), ``simulated`` (threads).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+__all__ = ["Deadlines", "Decision", "Operation", "Outcome", "RunIdentity", "Session"]
+
+Outcome = Literal["commit", "abort"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long to wait. Seconds; None waits forever."""
+
+    timeout: float | None = 1800.0
+    """The whole operation."""
+    stall_timeout: float | None = 60.0
+    """Without a heartbeat of a rank. A slow write that still beats is no stall."""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """By name of the phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the coordinator answers to all ranks: the same bytes for all, and bytes for each."""
+
+    common: bytes = b""
+    per_rank: Sequence[bytes] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Who is writing: enough to tell later whether that process still lives."""
+
+    run_id: str
+    restart_count: int
+    group: str
+    host: str
+    boot_id: str
+    pid: int
+
+
+class Operation(abc.ABC):
+    """One numbered save or load, on every rank of the session's group. A context manager: leaving
+    it stops its heartbeats and removes its keys."""
+
+    rank: int
+    world_size: int
+    coordinator_rank: int
+    number: int
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank decides."""
+        return self.rank == self.coordinator_rank
+
+    @abc.abstractmethod
+    def step(
+        self,
+        phase: str,
+        local: Callable[[], bytes],
+        decide: Callable[[list[bytes]], Decision],
+        *,
+        decide_phase: str | None = None,
+    ) -> tuple[bytes, bytes]:
+        """Run ``local`` on every rank, then ``decide`` on the coordinator over what they
+        returned (in rank order); return the decision's common bytes and this rank's own.
+
+        If ``local`` raises on any rank, or ``decide`` on the coordinator, every rank raises
+        ``CheckpointException`` naming the failed ranks (any ``BaseException`` counts;
+        ``KeyboardInterrupt`` and ``SystemExit`` are reported and re-raised on their own rank).
+        While ``local`` runs, a failure elsewhere is seen by ``check``. A rank that is missing or
+        silent is named by ``CheckpointException`` with kind ``timeout`` or ``stalled``. A store
+        that is gone is kind ``store_lost``. ``decide_phase`` names the second half in messages
+        and for ``Deadlines.phases`` (default: ``phase``).
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise ``CoordinationError(kind="interrupted")`` if another rank failed, or ``timeout``
+        if the operation's deadline passed. A read of local memory: call it in any loop, from any
+        thread."""
+
+    @abc.abstractmethod
+    def decide_once(self, outcome: Outcome) -> Outcome:
+        """Propose how the save ends; the first proposal of any rank wins and is returned to all.
+        Raises ``CoordinationError(kind="store_lost")`` when it cannot be known."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop heartbeats, remove keys. May be called twice."""
+
+    def __enter__(self) -> Operation:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Session(abc.ABC):
+    """A group of ranks that can run operations together, one after the other or several at once
+    from different threads if every rank begins them in the same order."""
+
+    rank: int
+    world_size: int
+    identity: RunIdentity
+
+    @abc.abstractmethod
+    def begin(
+        self,
+        kind: Literal["save", "load"],
+        checkpoint_id: str,
+        *,
+        deadlines: Deadlines,
+        coordinator_rank: int = 0,
+    ) -> Operation:
+        """Take the next number, on the calling thread. No waiting and no message to others; ranks
+        that turn out to be in different operations get ``out_of_step``, naming both."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close connections. May be called twice."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,199 @@
+"""The column face of the engine's own writers and readers.
+
+A ``ColumnarWriter`` is a ``StorageWriter`` that can also take a whole save as columns, without an
+object per item; savers use that face when the planner is the default one too, and DCP's life
+cycle otherwise. Belongs here: the two interfaces and the data classes in their signatures. Does
+not belong here: any implementation (``storage_backends.sharded_writer``, ``sharded_reader``).
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+from dcp_engine.coordination.interface import RunIdentity
+from dcp_engine.format.manifest import Manifest, StoredObject
+from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.planning.columns import GlobalPlan, LoadColumns, RankAssignment
+from dcp_engine.storage import Check, StorageReader, StorageWriter
+
+__all__ = [
+    "ColumnarReader",
+    "ColumnarWriter",
+    "CommitRecord",
+    "FileReport",
+    "ObjectReport",
+    "RankReport",
+    "SaveTicket",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveTicket:
+    """What every rank knows about the save it takes part in."""
+
+    save_id: str
+    """32 hexadecimal digits, the same on all ranks."""
+    rank: int
+    world_size: int
+    coordinator_rank: int
+    identity: RunIdentity
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Written by the coordinator, in the same transaction."""
+    user_metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values, kept in the manifest."""
+    use_collectives: bool = True
+    """False: every rank commits a manifest of its own."""
+    keep_replaced: bool = False
+    """Leave the data of the checkpoint that this one replaces, for ``prune``."""
+
+
+class FileReport(msgspec.Struct, frozen=True, array_like=True):
+    """A data file as it was written."""
+
+    number: int
+    data_start: int
+    """Bytes before the data section: 8 and the length of the header."""
+    size: int
+    """Bytes of the whole file."""
+
+
+class ObjectReport(msgspec.Struct, frozen=True, array_like=True):
+    """An object as it was stored: inline, or in a data file of the rank."""
+
+    name: str
+    pickled: bool
+    inline: bytes | None
+    number: int
+    start: int
+    nbytes: int
+
+
+class RankReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank wrote, some tens of bytes on the wire (``msgspec.msgpack``)."""
+
+    rank: int
+    files: list[FileReport]
+    chunks: int
+    """How many chunks were written."""
+    digests_size: int
+    digests_xxh3: str
+    """xxh3-128 of the rank's digest file, hexadecimal."""
+    objects: list[ObjectReport]
+
+
+class CommitRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A committed checkpoint, as the coordinator publishes it."""
+
+    save_id: str
+    manifest_size: int
+    manifest_xxh3: str
+
+
+class ColumnarWriter(StorageWriter):
+    """Order of calls: ``observe`` (coordinator), ``begin_save`` (every rank), ``write_columns``
+    (every rank), ``commit_columns`` (coordinator; every rank without collectives),
+    ``remove_replaced`` (coordinator), ``end_save`` (every rank); or, after a failure,
+    ``abort_save`` on every rank."""
+
+    @property
+    @abc.abstractmethod
+    def checkpoint(self) -> str:
+        """The checkpoint's id, for messages."""
+
+    @abc.abstractmethod
+    def observe(self, checkpoint_id: str | os.PathLike[str] | None) -> str | None:
+        """The save id of the checkpoint that is there now, or None."""
+
+    @abc.abstractmethod
+    def begin_save(
+        self, checkpoint_id: str | os.PathLike[str] | None, ticket: SaveTicket
+    ) -> None:
+        """Create the data directory; on the coordinator also ``owner.json``."""
+
+    @abc.abstractmethod
+    def write_columns(
+        self,
+        assignment: RankAssignment,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        objects: Mapping[str, EncodedObject],
+        inline: frozenset[str],
+        check: Check,
+    ) -> RankReport:
+        """Write and sync this rank's part; ``names[i]`` is the fully qualified name and
+        ``tensors[i]`` the memory of local chunk ``i`` (the rows that ``assignment.source``
+        refers to); objects named in ``inline`` go into the report if they are small enough.
+        ``check`` is called between slices of at most 64 MiB. The result has been compared with
+        the assignment."""
+
+    @abc.abstractmethod
+    def commit_columns(
+        self, plan: GlobalPlan, reports: Sequence[RankReport], observed: str | None
+    ) -> CommitRecord:
+        """Compare the reports with the plan, write the manifest, make it the checkpoint.
+
+        Raises ``ConflictError(kind="conflict")`` when the checkpoint there is no longer
+        ``observed``; any error other than ``kind="commit_in_doubt"`` means that the manifest was
+        provably not replaced."""
+
+    @abc.abstractmethod
+    def remove_replaced(self) -> None:
+        """After the commit: remove the data of the replaced checkpoint and provably dead
+        orphans. Failing to is not a failed save; it is logged."""
+
+    @abc.abstractmethod
+    def end_save(self) -> None:
+        """The save succeeded; release what it held."""
+
+    @abc.abstractmethod
+    def abort_save(self) -> None:
+        """The save failed and is provably not committed: remove what this rank wrote."""
+
+
+class ColumnarReader(StorageReader):
+    """Order of calls: ``open_checkpoint``, ``read_columns`` and ``read_object`` any number of
+    times, ``close_checkpoint``."""
+
+    @property
+    @abc.abstractmethod
+    def checkpoint(self) -> str:
+        """The checkpoint's id, for messages."""
+
+    @abc.abstractmethod
+    def open_checkpoint(
+        self,
+        checkpoint_id: str | os.PathLike[str] | None,
+        expected: CommitRecord | None = None,
+    ) -> tuple[Manifest, CommitRecord]:
+        """Read and check the manifest. With ``expected``, another one than that is
+        ``ConflictError(kind="superseded")``."""
+
+    @abc.abstractmethod
+    def read_columns(
+        self,
+        manifest: Manifest,
+        plan: LoadColumns,
+        tensors: Sequence[torch.Tensor],
+        check: Check,
+    ) -> int:
+        """Fill the destinations; every block of bytes is verified before it counts. Returns the
+        number of bytes read."""
+
+    @abc.abstractmethod
+    def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
+        """The encoded bytes of an object, verified."""
+
+    @abc.abstractmethod
+    def read_extra(self, manifest: Manifest, name: str) -> bytes:
+        """The content of one of the caller's extra files, verified."""
+
+    @abc.abstractmethod
+    def close_checkpoint(self) -> None:
+        """Release descriptors."""
