@@ -84,6 +84,7 @@ KINDS: Mapping[str, str] = {
     "rank_failed": "a rank failed with an error that is not the engine's",
     # UnsafeContentError
     "pickle_refused": "loading would execute a pickle",
+    "import_refused": "loading would import a module",
     # UsageError
     "usage": "arguments contradict each other or the engine's state",
 }

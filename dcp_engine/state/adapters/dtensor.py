@@ -1,0 +1,163 @@
+"""``DTensor``: boxes from mesh and placements, and what contradicts them refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcp_engine.state.adapters.checkpointable import describe_checkpointable
+from dcp_engine.state.adapters.memory import plain_memory, refusal
+from dcp_engine.state.adapters.mesh import Meshes, MeshPlace
+from dcp_engine.state.adapters.torch_types import (
+    has_checkpoint_methods,
+    has_own_dispatch,
+    is_async_collective,
+)
+from dcp_engine.state.placements import (
+    REPLICATE,
+    LocalPart,
+    as_plain_shards,
+    local_part,
+    shard,
+    shard_order,
+    strided_shard,
+)
+from dcp_engine.state.values import EntryKind, MeshLayout, TensorValue, Value
+
+__all__ = ["describe_dtensor"]
+
+
+def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) -> list[Value]:
+    """One ``TensorValue``: REPLICATED if every placement replicates, else SHARDED.
+
+    A rank outside the mesh gets a value without boxes.
+
+    Raises:
+        UnsupportedStateError: a ``Partial`` (or unknown) placement, a mesh that reaches outside
+            the group, a local tensor whose shape is not what mesh and placements imply.
+    """
+    shape = tuple(int(n) for n in value.shape)
+    placements = tuple(_spell(fqn, p, len(shape)) for p in value.placements)
+    place = meshes.place(value.device_mesh)
+    if place.outside:
+        raise refusal(
+            fqn,
+            f"its mesh holds global ranks {list(place.outside[:8])}, which are not in the process "
+            f"group of this operation",
+            "pass a process_group= that holds the whole mesh",
+        )
+    with torch.no_grad():
+        local = value.to_local()
+    if is_async_collective(local):
+        local = local.trigger_wait()
+    if has_checkpoint_methods(local):
+        # The local tensor knows its own chunks, which need not be what the mesh implies.
+        return describe_checkpointable(fqn, local, shape=shape, argument=value, for_load=for_load)
+    if has_own_dispatch(local):
+        raise refusal(
+            fqn,
+            f"a DTensor of {type(local).__qualname__} cannot be stored: which part of the wrapped "
+            "tensors a rank holds does not follow from the placements",
+            "store the inner tensors, or give the class the _Checkpointable methods",
+        )
+    reading = _read(fqn, shape, tuple(local.shape), placements, place)
+    memory = plain_memory(fqn, local, for_load=for_load) if reading.part.boxes else local
+    return [
+        TensorValue(
+            fqn=fqn,
+            kind=EntryKind.REPLICATED if set(placements) <= {REPLICATE} else EntryKind.SHARDED,
+            dtype=local.dtype,
+            shape=shape,
+            boxes=reading.part.boxes,
+            tensors=tuple(
+                _narrow(memory, within, box.sizes)
+                for box, within in zip(reading.part.boxes, reading.part.within, strict=True)
+            ),
+            layout=reading.layout,
+            requires_grad=bool(value.requires_grad),
+        )
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What mesh and placements are taken to mean."""
+
+    part: LocalPart
+    layout: MeshLayout | None
+
+    @staticmethod
+    def make(shape: tuple[int, ...], placements: tuple[str, ...], place: MeshPlace) -> _Reading:
+        part = LocalPart(shape=(0,), boxes=(), within=())
+        if place.coordinate is not None:
+            part = local_part(shape, place.shape, placements, place.coordinate)
+        layout = None
+        if place.ranks is not None:
+            layout = MeshLayout(mesh_shape=place.shape, ranks=place.ranks, placements=placements)
+        return _Reading(part=part, layout=layout)
+
+
+def _read(
+    fqn: str,
+    shape: tuple[int, ...],
+    local_shape: tuple[int, ...],
+    placements: tuple[str, ...],
+    place: MeshPlace,
+) -> _Reading:
+    """Strided shards in the order they stand for, if the local shape allows, else literally."""
+    readings = [_Reading.make(shape, placements, place)]
+    order = shard_order(place.shape, placements)
+    if order is not None:
+        plain = tuple(as_plain_shards(placements)[d] for d in order)
+        readings.insert(0, _Reading.make(shape, plain, place.permuted(order)))
+    if place.coordinate is None:
+        return readings[0]
+    fitting = [reading for reading in readings if reading.part.shape == local_shape]
+    if not fitting:
+        raise refusal(
+            fqn,
+            f"the local tensor has shape {local_shape}, but placements {list(placements)} of a "
+            f"tensor of shape {shape} on a mesh of shape {place.shape} put "
+            f"{readings[0].part.shape} at coordinate {place.coordinate}",
+            "give from_local the shape= and stride= of the whole tensor, and shards that are cut "
+            "as torch.chunk cuts",
+        )
+    if fitting[0].part.boxes != fitting[-1].part.boxes:
+        raise refusal(
+            fqn,
+            f"placements {list(placements)} of a tensor of shape {shape} on a mesh of shape "
+            f"{place.shape} put a local tensor of shape {local_shape} at "
+            f"{fitting[0].part.boxes[0].offsets} or at {fitting[-1].part.boxes[0].offsets}, "
+            "depending on the order of the cuts",
+            "choose sizes that divide evenly, or redistribute to plain Shard placements",
+        )
+    return fitting[0]
+
+
+def _spell(fqn: str, placement: Any, ndim: int) -> str:
+    if placement.is_replicate():
+        return REPLICATE
+    if placement.is_partial():
+        raise refusal(
+            fqn,
+            f"a DTensor with placement {placement} holds parts that are not yet reduced",
+            "redistribute it to Shard or Replicate first",
+        )
+    # By name: the strided class is private, and older versions derive it from Shard.
+    name = type(placement).__name__
+    if name in ("Shard", "_StridedShard"):
+        dim = int(placement.dim)
+        dim += ndim if dim < 0 else 0
+        if name == "Shard":
+            return shard(dim)
+        return strided_shard(dim, int(placement.split_factor))
+    raise refusal(fqn, f"the placement {placement!r} is unknown", "redistribute the DTensor")
+
+
+def _narrow(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, offset, size)
+    return tensor
