@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,11 @@ class ColumnarWriter(StorageWriter):
 
     @property
     @abc.abstractmethod
+    def takes_columns(self) -> bool:
+        """False where a subclass overrides a method of DCP's life cycle, which then has to run."""
+
+    @property
+    @abc.abstractmethod
     def checkpoint(self) -> str:
         """The checkpoint's id, for messages."""
 
@@ -122,16 +127,17 @@ class ColumnarWriter(StorageWriter):
         self,
         assignment: RankAssignment,
         names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
         tensors: Sequence[torch.Tensor],
         objects: Mapping[str, EncodedObject],
         inline: frozenset[str],
         check: Check,
     ) -> RankReport:
-        """Write and sync this rank's part; ``names[i]`` is the fully qualified name and
-        ``tensors[i]`` the memory of local chunk ``i`` (the rows that ``assignment.source``
-        refers to); objects named in ``inline`` go into the report if they are small enough.
-        ``check`` is called between slices of at most 64 MiB. The result has been compared with
-        the assignment."""
+        """Write and sync this rank's part; ``names[i]`` is the fully qualified name,
+        ``shapes[i]`` the global shape of that tensor, and ``tensors[i]`` the memory of local
+        chunk ``i`` (the rows that ``assignment.source`` refers to); objects named in
+        ``inline`` go into the report if they are small enough. ``check`` is called between slices
+        of at most 64 MiB. The result has been compared with the assignment."""
 
     @abc.abstractmethod
     def commit_columns(
@@ -142,6 +148,11 @@ class ColumnarWriter(StorageWriter):
         Raises ``ConflictError(kind="conflict")`` when the checkpoint there is no longer
         ``observed``; any error other than ``kind="commit_in_doubt"`` means that the manifest was
         provably not replaced."""
+
+    @abc.abstractmethod
+    def manifest_source(self, record: CommitRecord) -> Callable[[], Manifest]:
+        """What reads the manifest of ``record`` from the medium, on any rank, at any later time.
+        It raises ``ConflictError(kind="superseded")`` if another save has been committed since."""
 
     @abc.abstractmethod
     def remove_replaced(self) -> None:
@@ -160,6 +171,11 @@ class ColumnarWriter(StorageWriter):
 class ColumnarReader(StorageReader):
     """Order of calls: ``open_checkpoint``, ``read_columns`` and ``read_object`` any number of
     times, ``close_checkpoint``."""
+
+    @property
+    @abc.abstractmethod
+    def takes_columns(self) -> bool:
+        """False where a subclass overrides a method of DCP's life cycle, which then has to run."""
 
     @property
     @abc.abstractmethod

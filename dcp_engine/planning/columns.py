@@ -122,6 +122,9 @@ class PlacedChunks:
     start: I64
     """(C,) byte position behind the begin of the file's data section (behind the header)."""
     nbytes: I64
+    source: I32 | None = None
+    """(C,) row of the writing rank's ``LocalPlan.chunks`` that the box is (a part) of; None in a
+    plan that is not to be assigned any more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

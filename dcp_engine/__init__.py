@@ -1,0 +1,144 @@
+"""A distributed sharded checkpoint engine for PyTorch, with the verbs of its DCP.
+
+``import dcp_engine as dcp``; the names here are the public ones. Storage backends come in through
+the registry; their classes are reachable here too, and imported when they are first looked at.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dcp_engine.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_load_plan,
+    create_default_global_save_plan,
+    create_default_local_load_plan,
+    create_default_local_save_plan,
+)
+from dcp_engine.engine import Engine, default_engine, load, read_extra, save
+from dcp_engine.errors import (
+    CheckpointError,
+    CheckpointException,
+    ConflictError,
+    CoordinationError,
+    DamagedCheckpointError,
+    InvalidPlanError,
+    NotFoundError,
+    StateMismatchError,
+    StorageError,
+    UnsafeContentError,
+    UnsupportedStateError,
+    UnsupportedVersionError,
+    UsageError,
+)
+from dcp_engine.loader import LoadReport
+from dcp_engine.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from dcp_engine.planner import (
+    BytesIOWriteData,
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from dcp_engine.saver.columnar import ReplicasDifferWarning
+from dcp_engine.state.per_rank import PerRank
+from dcp_engine.stateful import Stateful
+from dcp_engine.storage import (
+    ByteStore,
+    ByteStoreFile,
+    ReadRange,
+    StorageReader,
+    StorageWriter,
+    StoredFile,
+    WriteResult,
+)
+
+if TYPE_CHECKING:
+    from storage_backends.filesystem import FileSystemReader, FileSystemWriter
+    from storage_backends.prune import prune
+
+__all__ = [
+    "ByteStore",
+    "ByteStoreFile",
+    "BytesIOWriteData",
+    "BytesStorageMetadata",
+    "CheckpointError",
+    "CheckpointException",
+    "ChunkStorageMetadata",
+    "ConflictError",
+    "CoordinationError",
+    "DamagedCheckpointError",
+    "DefaultLoadPlanner",
+    "DefaultSavePlanner",
+    "Engine",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "InvalidPlanError",
+    "LoadItemType",
+    "LoadPlan",
+    "LoadPlanner",
+    "LoadReport",
+    "Metadata",
+    "MetadataIndex",
+    "NotFoundError",
+    "PerRank",
+    "ReadItem",
+    "ReadRange",
+    "ReplicasDifferWarning",
+    "SavePlan",
+    "SavePlanner",
+    "StateMismatchError",
+    "Stateful",
+    "StorageError",
+    "StorageMeta",
+    "StorageReader",
+    "StorageWriter",
+    "StoredFile",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "TensorWriteData",
+    "UnsafeContentError",
+    "UnsupportedStateError",
+    "UnsupportedVersionError",
+    "UsageError",
+    "WriteItem",
+    "WriteItemType",
+    "WriteResult",
+    "create_default_global_load_plan",
+    "create_default_global_save_plan",
+    "create_default_local_load_plan",
+    "create_default_local_save_plan",
+    "default_engine",
+    "load",
+    "prune",
+    "read_extra",
+    "save",
+]
+
+_LAZY = {
+    "FileSystemReader": "storage_backends.filesystem",
+    "FileSystemWriter": "storage_backends.filesystem",
+    "prune": "storage_backends.prune",
+}
+"""Names of built-in backends: the engine itself imports none."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,202 @@
+"""What the store thread does on the ranks that do not decide.
+
+Belongs here: heartbeats while the calling thread works, the report, the blocking wait for the
+coordinator's events, and what to do when they do not come. Does not belong here: judging other
+participants; only the coordinator does.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from dcp_engine.coordination.clock import in_words
+from dcp_engine.coordination.failures import FailureRecord, silent_rank
+from dcp_engine.coordination.messages import Event, FailureVerdict, Report, decode, encode
+from dcp_engine.coordination.role import Failed, Granted, Reply, Role, RoleContext, announce_failure
+from dcp_engine.coordination.store_client import WaitTimeout
+from dcp_engine.coordination.words import FAILURE, REPORT, Pulse, Tally, arrived
+
+__all__ = ["ParticipantRole"]
+
+_NEVER = 3600.0
+"""Seconds to sleep when nothing is due."""
+
+
+class ParticipantRole(Role):
+    """Beats, reports, waits."""
+
+    def __init__(self, context: RoleContext) -> None:
+        super().__init__(context)
+        self._coordinator = context.heading.coordinator
+        self._next_beat: float | None = None
+        self._next_event = 1
+        self._await_outcome = False
+        self._waiting_since = 0.0
+        self._heard: float | None = None
+        """When the coordinator last gave a sign of life in this operation."""
+        self._report_pieces = 0
+        self._had_answer = False
+        self._left_early = False
+
+    def turn(self) -> float:
+        """One heartbeat, or one wait for the coordinator."""
+        if self.client.lost is not None:
+            return _NEVER
+        if self.pending is None:
+            return self._beat()
+        if self._await_outcome:
+            self._wait_for_outcome()
+        else:
+            self._wait_for_event()
+        return 0.0
+
+    def begin_step(self, step: int, phase: str) -> None:
+        """Heartbeats begin with the first step."""
+        self.step = step
+        if self._next_beat is None:
+            self._next_beat = self.clock.now()
+
+    def report(self, payload: bytes, phase: str, reply: Future[Reply]) -> None:
+        """Publish the report, count it, and wait from the next turn on."""
+        self.pending = reply
+        report = Report(heading=self.context.heading, step=self.step, phase=phase, payload=payload)
+        key, pulse = self.keys.report(self.rank), self.keys.pulse(self.rank)
+        split = self.client.multi_put(
+            {key: encode(report)}, {pulse: str(arrived(self.step + 1)).encode()}
+        )
+        self._report_pieces = split.get(key, 0)
+        tally = Tally.unpack(self.client.add(self.keys.tally, REPORT))
+        self._begin_wait(tally)
+
+    def fail(self, record: FailureRecord, reply: Future[Reply]) -> None:
+        """Publish the failure and wait for the verdict that names all failures."""
+        self.pending = reply
+        self._publish(record)
+        self._await_outcome = True
+        self._waiting_since = self.clock.now()
+
+    def abandon(self, record: FailureRecord) -> None:
+        """Publish the failure; the wait that was going on, if any, is over."""
+        self._left_early = self.outcome is None
+        self._resolve(Failed(verdict=FailureVerdict(records=[record])))
+        if self.outcome is None:
+            self._publish(record)
+
+    def depart(self) -> None:
+        """A rank leaves clean if nobody will read its keys any more."""
+        clean = not self._left_early and (
+            self.outcome is not None or (self.pending is None and not self.alarm.is_set())
+        )
+        keys = self.keys
+        own = [keys.pulse(self.rank), keys.report(self.rank)]
+        if self._had_answer:
+            own.append(keys.answer(self.rank))
+        self._remove_report_pieces()
+        self._leave(clean=clean, own=own)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def _publish(self, record: FailureRecord) -> None:
+        if record.consequence:
+            self.client.add(self.keys.tally, REPORT)  # only so that nobody waits for this rank
+        else:
+            announce_failure(self.client, self.keys, record)
+
+    def _beat(self) -> float:
+        if self._next_beat is None:
+            return _NEVER
+        now = self.clock.now()
+        if now >= self._next_beat:
+            pulse = Pulse.unpack(self.client.add(self.keys.pulse(self.rank), 1))
+            if pulse.alarm:
+                self.alarm.set()
+            self._next_beat = now + self.rhythm.interval
+        return max(self._next_beat - self.clock.now(), 0.0)
+
+    # -- waiting -------------------------------------------------------------------------------
+
+    def _begin_wait(self, tally: Tally) -> None:
+        self._waiting_since = self.clock.now()
+        if tally.events > 0:
+            self._heard = self._waiting_since
+        if tally.failures > 0:
+            self.alarm.set()
+            self._await_outcome = True
+        self._next_event = tally.events + 1
+
+    def _wait_for_event(self) -> None:
+        limits = [_NEVER]
+        remaining = self.clock.remaining()
+        if remaining is not None:
+            limits.append(remaining + self.rhythm.slack)
+        stall = self.clock.deadlines.stall_timeout
+        if stall is not None and self._heard is not None:
+            patience = max(stall, 3 * self.rhythm.interval)
+            silence = self.clock.now() - self._heard
+            if silence >= patience:
+                self._give_up("stalled", silence)
+                return
+            limits.append(patience - silence)
+        if min(limits) <= 0:
+            self._give_up("timeout", None)
+            return
+        key = self.keys.event(self._next_event)
+        try:
+            data, _ = self.client.take(key, min(limits))
+        except WaitTimeout:
+            return  # the next turn finds out which limit it was
+        self._heard = self.clock.now()
+        self._next_event += 1
+        self._obey(decode(data, Event))
+
+    def _obey(self, event: Event) -> None:
+        if event.kind == "failure":
+            self.alarm.set()
+            self._await_outcome = True
+            self._waiting_since = self.clock.now()
+        elif event.kind == "verdict":
+            answer = b""
+            if event.has_answers:
+                self._had_answer = True
+                key = self.keys.answer(self.rank)
+                answer, pieces = self.client.take(key)
+                self.client.delete_pieces(key, pieces)
+            self._remove_report_pieces()
+            self._next_beat = self.clock.now() + self.rhythm.interval
+            self._resolve(Granted(common=event.common, answer=answer))
+
+    def _wait_for_outcome(self) -> None:
+        """The coordinator has seen a failure, or will soon; its verdict follows within the
+        grace, unless it is gone too."""
+        if self.outcome is None:
+            now = self.clock.now()
+            stall = self.clock.deadlines.stall_timeout
+            limit = max(stall if stall is not None else 60.0, self.rhythm.slack)
+            remaining = self.clock.remaining()
+            if self._heard is None and remaining is not None:
+                # It may not have begun the operation yet: the deadline is the limit.
+                limit = max(limit, remaining + self.rhythm.slack)
+            left = self._waiting_since + limit - now
+            if left <= 0:
+                self._give_up("stalled", now - self._waiting_since)
+                return
+            try:
+                data = self.client.get(self.keys.outcome, left)
+            except WaitTimeout:
+                return
+            self.outcome = decode(data, FailureVerdict)
+            self.alarm.set()
+        self._resolve(Failed(verdict=self.outcome))
+
+    def _give_up(self, kind: str, silence: float | None) -> None:
+        last = "" if silence is None else f", last heard {in_words(silence)} ago"
+        message = f"missing rank {self._coordinator}, the coordinator, {self.clock.waited()}{last}"
+        record = silent_rank(self._coordinator, message, kind)
+        outcome = self._settle(FailureVerdict(records=[record], message=message, kind=kind))
+        # so that the coordinator, should it wake, looks for the outcome
+        self.client.add(self.keys.tally, FAILURE)
+        self._resolve(Failed(verdict=outcome))
+
+    def _remove_report_pieces(self) -> None:
+        self.client.delete_pieces(self.keys.report(self.rank), self._report_pieces)
+        self._report_pieces = 0

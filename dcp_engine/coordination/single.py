@@ -1,0 +1,135 @@
+"""A session of one rank: world size 1, and ``no_dist``.
+
+Belongs here: the interface without anybody to talk to. Failures have the same form as with many
+ranks, so that whoever handles them needs no second case.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal, NoReturn
+
+from dcp_engine.coordination.answers import checked_answers
+from dcp_engine.coordination.clock import OperationClock
+from dcp_engine.coordination.failures import capture, exception_of, raised_by_exit
+from dcp_engine.coordination.interface import (
+    Deadlines,
+    Decision,
+    Operation,
+    Outcome,
+    RunIdentity,
+    Session,
+)
+from dcp_engine.errors import UsageError
+
+__all__ = ["SingleOperation", "SingleSession"]
+
+
+class SingleOperation(Operation):
+    """One save or load on one rank."""
+
+    def __init__(
+        self,
+        number: int,
+        kind: Literal["save", "load"],
+        checkpoint_id: str,
+        deadlines: Deadlines,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.coordinator_rank = 0
+        self.number = number
+        self._kind = kind
+        self._checkpoint = checkpoint_id
+        self._clock = OperationClock(deadlines, kind, checkpoint_id, now=now)
+        self._decision: Outcome | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def step(
+        self,
+        phase: str,
+        local: Callable[[], bytes],
+        decide: Callable[[list[bytes]], Decision],
+        *,
+        decide_phase: str | None = None,
+    ) -> tuple[bytes, bytes]:
+        """Run ``local``, then ``decide``; see the interface."""
+        if self._closed:
+            raise UsageError(f"{self._kind} {self.number} is closed", checkpoint=self._checkpoint)
+        self._clock.enter(phase)
+        try:
+            self.check()
+            report = bytes(local())
+            phase = decide_phase or phase
+            self._clock.enter(phase)
+            self.check()
+            decision = decide([report])
+            per_rank = checked_answers(decision, self.world_size)
+        except BaseException as error:
+            self._fail(phase, error)
+        return decision.common, per_rank[0] if per_rank is not None else b""
+
+    def _fail(self, phase: str, error: BaseException) -> NoReturn:
+        if raised_by_exit(error):
+            raise error
+        raise exception_of(
+            [capture(0, error, skip_frames=1)],
+            doing=f'{self._kind} in phase "{phase}"',
+            checkpoint=self._checkpoint,
+            local=(0, error),
+        ) from error
+
+    def check(self) -> None:
+        """Raise ``timeout`` if a deadline passed."""
+        self._clock.check()
+
+    def decide_once(self, outcome: Outcome) -> Outcome:
+        """The first proposal wins."""
+        with self._lock:
+            self._decision = self._decision or outcome
+            return self._decision
+
+    def close(self) -> None:
+        """Nothing is held; ``step`` may not be called any more."""
+        self._closed = True
+
+
+class SingleSession(Session):
+    """A session of one rank."""
+
+    def __init__(self, identity: RunIdentity) -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.identity = identity
+        self._next = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def begin(
+        self,
+        kind: Literal["save", "load"],
+        checkpoint_id: str,
+        *,
+        deadlines: Deadlines,
+        coordinator_rank: int = 0,
+    ) -> SingleOperation:
+        """Take the next number."""
+        if self._closed:
+            raise UsageError("the session is closed", checkpoint=checkpoint_id)
+        if coordinator_rank != 0:
+            raise UsageError(
+                f"coordinator_rank is {coordinator_rank}, but there is one rank: 0",
+                checkpoint=checkpoint_id,
+            )
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+        return SingleOperation(number, kind, checkpoint_id, deadlines)
+
+    def close(self) -> None:
+        """No connection is held."""
+        self._closed = True

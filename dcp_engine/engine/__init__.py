@@ -1,0 +1,9 @@
+"""What owns resources: ``Engine``, and the module functions over a default one."""
+
+from __future__ import annotations
+
+from dcp_engine.engine.default import default_engine
+from dcp_engine.engine.engine import Engine
+from dcp_engine.engine.functions import load, read_extra, save
+
+__all__ = ["Engine", "default_engine", "load", "read_extra", "save"]

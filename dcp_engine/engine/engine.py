@@ -1,0 +1,264 @@
+"""``Engine``: owns the session with the other ranks, and runs saves and loads over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import EllipsisType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+
+from dcp_engine.coordination.group import describe_group, run_identity
+from dcp_engine.coordination.interface import Deadlines, Session
+from dcp_engine.coordination.open_session import open_session
+from dcp_engine.coordination.single import SingleSession
+from dcp_engine.errors import UsageError
+from dcp_engine.format.names import is_save_id, new_save_id
+from dcp_engine.loader import LoadOptions, LoadReport, load
+from dcp_engine.loader.options import PerRankPolicy
+from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
+from dcp_engine.planner import LoadPlanner, SavePlanner
+from dcp_engine.registry import BackendRegistry
+from dcp_engine.saver import SaveOptions, save
+from dcp_engine.saver.options import ExtraContent
+from dcp_engine.state.adapters import GroupRanks
+from dcp_engine.storage import StorageReader, StorageWriter
+
+__all__ = ["Engine"]
+
+Timeout = float | timedelta | None
+CheckpointId = str | os.PathLike[str] | None
+
+
+class Engine:
+    """Saves and loads over one process group, and what they share between calls.
+
+    Args:
+        process_group: the ranks that save and load together; None for the default group, or for
+            this process alone where torch.distributed is not initialised.
+        timeout: default for the operations, seconds or timedelta; None waits forever.
+        stall_timeout: default for the operations: seconds without a heartbeat of a rank.
+        connect_timeout: seconds to wait for the other ranks when the session opens.
+
+    The session with the other ranks opens at the first operation that needs it, which must be
+    the same one on all ranks. A context manager; ``close`` may be called twice.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        timeout: Timeout = 1800.0,
+        stall_timeout: Timeout = 60.0,
+        connect_timeout: float = 300.0,
+    ) -> None:
+        self._process_group = process_group
+        self._timeout = timeout
+        self._stall_timeout = stall_timeout
+        self._connect_timeout = connect_timeout
+        self._session: Session | None = None
+        self._alone: Session | None = None
+        self._collective_free_saves = 0
+        self._closed = False
+        self._registry = BackendRegistry()
+
+    def save(
+        self,
+        state_dict: STATE_DICT_TYPE,
+        *,
+        checkpoint_id: CheckpointId = None,
+        storage_writer: StorageWriter | None = None,
+        planner: SavePlanner | None = None,
+        no_dist: bool = False,
+        use_collectives: bool = True,
+        timeout: Timeout | EllipsisType = ...,
+        stall_timeout: Timeout | EllipsisType = ...,
+        phase_timeouts: Mapping[str, float] | None = None,
+        coordinator_rank: int = 0,
+        extra_files: Mapping[str, ExtraContent] | None = None,
+        user_metadata: Mapping[str, Any] | None = None,
+        save_id: str | None = None,
+        keep_replaced: bool = False,
+        strict_replicas: bool = False,
+    ) -> Metadata:
+        """See :func:`dcp_engine.save`."""
+        writer = storage_writer
+        if writer is None:
+            writer = self._registry.writer(_required(checkpoint_id, "storage_writer"))
+        place = self._place(no_dist)
+        session = self._session_for(no_dist) if use_collectives else self._session_alone()
+        options = SaveOptions(
+            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts),
+            coordinator_rank=coordinator_rank,
+            use_collectives=use_collectives,
+            extra_files=dict(extra_files or {}),
+            user_metadata=dict(user_metadata or {}),
+            save_id=save_id if use_collectives else self._token(place, save_id),
+            keep_replaced=keep_replaced,
+            strict_replicas=strict_replicas,
+        )
+        return save(
+            session,
+            state_dict,
+            checkpoint_id=_text(checkpoint_id),
+            writer=writer,
+            planner=planner,
+            group=place.group,
+            world_size=place.world_size,
+            options=options,
+        )
+
+    def load(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        checkpoint_id: CheckpointId = None,
+        storage_reader: StorageReader | None = None,
+        planner: LoadPlanner | None = None,
+        no_dist: bool = False,
+        timeout: Timeout | EllipsisType = ...,
+        stall_timeout: Timeout | EllipsisType = ...,
+        phase_timeouts: Mapping[str, float] | None = None,
+        coordinator_rank: int = 0,
+        per_rank: PerRankPolicy = "error",
+        allow_pickle: bool = False,
+    ) -> LoadReport:
+        """See :func:`dcp_engine.load`."""
+        reader = storage_reader
+        if reader is None:
+            reader = self._registry.reader(_required(checkpoint_id, "storage_reader"))
+        return load(
+            self._session_for(no_dist),
+            state_dict,
+            checkpoint_id=_text(checkpoint_id),
+            reader=reader,
+            planner=planner,
+            group=self._place(no_dist).group,
+            options=LoadOptions(
+                deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts),
+                coordinator_rank=coordinator_rank,
+                per_rank=per_rank,
+                allow_pickle=allow_pickle,
+            ),
+        )
+
+    def close(self) -> None:
+        """Close the session's connections."""
+        self._closed = True
+        for session in (self._session, self._alone):
+            if session is not None:
+                session.close()
+        self._session = self._alone = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _deadlines(
+        self,
+        timeout: Timeout | EllipsisType,
+        stall_timeout: Timeout | EllipsisType,
+        phases: Mapping[str, float] | None,
+    ) -> Deadlines:
+        return Deadlines(
+            timeout=_seconds(self._timeout if isinstance(timeout, EllipsisType) else timeout),
+            stall_timeout=_seconds(
+                self._stall_timeout if isinstance(stall_timeout, EllipsisType) else stall_timeout
+            ),
+            phases=dict(phases or {}),
+        )
+
+    def _session_for(self, no_dist: bool) -> Session:
+        """The session with the ranks that ``no_dist`` leaves; opened at the first use."""
+        if no_dist or not self._distributed:
+            return self._session_alone()
+        self._refuse_if_closed()
+        if self._session is None:
+            self._session = open_session(
+                self._process_group, connect_timeout=self._connect_timeout
+            )
+        return self._session
+
+    def _session_alone(self) -> Session:
+        self._refuse_if_closed()
+        if self._alone is None:
+            self._alone = SingleSession(run_identity(""))
+        return self._alone
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise UsageError("this engine is closed", hint="make a new dcp_engine.Engine")
+
+    def _place(self, no_dist: bool) -> _Place:
+        if no_dist or not self._distributed:
+            return _Place(group=GroupRanks(), world_size=1, name="")
+        info = describe_group(self._process_group)
+        return _Place(
+            group=GroupRanks(ranks=info.global_ranks, rank=info.rank),
+            world_size=info.world_size,
+            name=info.name,
+        )
+
+    def _token(self, place: _Place, save_id: str | None) -> str:
+        """The save id that all ranks of a collective-free save come to without talking."""
+        if save_id is not None:
+            if not is_save_id(save_id):
+                raise UsageError(
+                    f"save_id {save_id!r} is not 32 hexadecimal digits",
+                    hint="use uuid.uuid4().hex, the same on all ranks",
+                )
+            return save_id
+        number, self._collective_free_saves = (
+            self._collective_free_saves,
+            self._collective_free_saves + 1,
+        )
+        identity = run_identity(place.name)
+        if place.world_size == 1 and not identity.run_id:
+            return new_save_id()
+        if not identity.run_id:
+            raise UsageError(
+                "without collectives the ranks need a save id that they share, and this job has "
+                "no run id to make one of",
+                hint="pass save_id= (32 hexadecimal digits, the same on all ranks, new for each "
+                "save), or start the job with torchrun --rdzv-id",
+            )
+        words = (identity.run_id, identity.restart_count, place.name, number)
+        return xxhash.xxh3_128_hexdigest(repr(words).encode())
+
+    @property
+    def _distributed(self) -> bool:
+        return self._process_group is not None or (dist.is_available() and dist.is_initialized())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """This process in the group of an operation."""
+
+    group: GroupRanks
+    world_size: int
+    name: str
+
+
+def _seconds(value: Timeout) -> float | None:
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def _text(checkpoint_id: CheckpointId) -> str | None:
+    return None if checkpoint_id is None else os.fspath(checkpoint_id)
+
+
+def _required(checkpoint_id: CheckpointId, other: str) -> str:
+    if checkpoint_id is None:
+        raise UsageError(f"neither checkpoint_id nor {other} was given", hint="give one of them")
+    return os.fspath(checkpoint_id)

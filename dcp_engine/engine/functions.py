@@ -1,0 +1,179 @@
+"""The module functions: DCP's names and signatures over the default engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from dcp_engine.engine.default import default_engine
+from dcp_engine.engine.engine import CheckpointId, Timeout
+from dcp_engine.errors import StorageError
+from dcp_engine.loader import LoadReport
+from dcp_engine.loader.options import PerRankPolicy
+from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
+from dcp_engine.native_storage import ColumnarReader
+from dcp_engine.planner import LoadPlanner, SavePlanner
+from dcp_engine.registry import BackendRegistry
+from dcp_engine.saver.options import ExtraContent
+from dcp_engine.storage import StorageReader, StorageWriter
+
+__all__ = ["load", "read_extra", "save"]
+
+
+def save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: CheckpointId = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    timeout: Timeout = 1800.0,
+    stall_timeout: Timeout = 60.0,
+    phase_timeouts: Mapping[str, float] | None = None,
+    coordinator_rank: int = 0,
+    extra_files: Mapping[str, ExtraContent] | None = None,
+    user_metadata: Mapping[str, Any] | None = None,
+    save_id: str | None = None,
+    keep_replaced: bool = False,
+    strict_replicas: bool = False,
+) -> Metadata:
+    """Save ``state_dict`` as one checkpoint; every rank of the group calls this.
+
+    When it returns, on any rank, the checkpoint is committed and on stable storage. When it
+    raises, it raises on every rank, and what was there before is still there.
+
+    Args:
+        state_dict: nested dicts, lists and tuples of DTensors, ShardedTensors, tensors, Python
+            objects and ``Stateful`` values. What is not sharded must be the same on all ranks;
+            wrap rank-local values in ``PerRank``.
+        checkpoint_id: path or URL of the checkpoint; optional with a ``storage_writer`` that
+            knows it.
+        storage_writer: where to; by default the registered backend of ``checkpoint_id``.
+        planner: what to write and who writes it; ``DefaultSavePlanner()`` by default.
+        process_group: the ranks that save together; by default all.
+        no_dist: save from this process alone.
+        use_collectives: False saves without a word between ranks: every rank commits a manifest
+            of its own, and the checkpoint exists when all are there. Needs ``save_id`` where the
+            job has no run id (torchrun gives one).
+        timeout: seconds (or timedelta) for the whole operation; None waits forever.
+        stall_timeout: seconds without a heartbeat after which a rank counts as dead. A slow write
+            that still beats is no stall.
+        phase_timeouts: seconds by phase: ``plan``, ``compare``, ``write``, ``commit``.
+        coordinator_rank: the rank, in the group, that plans and commits.
+        extra_files: name to bytes, text, or path of a file to copy; in the same transaction, the
+            coordinator's count. Read them with ``read_extra``.
+        user_metadata: JSON values to keep in the manifest; the coordinator's count.
+        save_id: 32 hexadecimal digits that all ranks share, for ``use_collectives=False``.
+        keep_replaced: leave the data of the checkpoint this one replaces, for ``prune``.
+        strict_replicas: refuse to save when replicated values differ between ranks, and compare
+            large tensors too. By default small values are compared, and a difference is a
+            ``ReplicasDifferWarning``.
+
+    Returns:
+        The checkpoint's ``Metadata``, read from the manifest when it is looked at.
+
+    Raises:
+        CheckpointException: on every rank; ``failures`` names the ranks and their errors, and
+            ``kind`` says what to do. With kind ``commit_in_doubt`` the checkpoint may be
+            committed: the next save, load or prune decides by the manifest.
+        UsageError: the arguments contradict each other.
+    """
+    return default_engine(process_group).save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        timeout=timeout,
+        stall_timeout=stall_timeout,
+        phase_timeouts=phase_timeouts,
+        coordinator_rank=coordinator_rank,
+        extra_files=extra_files,
+        user_metadata=user_metadata,
+        save_id=save_id,
+        keep_replaced=keep_replaced,
+        strict_replicas=strict_replicas,
+    )
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: CheckpointId = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    timeout: Timeout = 1800.0,
+    stall_timeout: Timeout = 60.0,
+    phase_timeouts: Mapping[str, float] | None = None,
+    coordinator_rank: int = 0,
+    per_rank: PerRankPolicy = "error",
+    allow_pickle: bool = False,
+) -> LoadReport:
+    """Load a checkpoint into ``state_dict``; every rank of the group calls this.
+
+    Tensors are filled in place, whatever number of ranks saved them; other leaves are replaced;
+    ``Stateful`` values get ``load_state_dict``. Each rank reads only the bytes it needs, and every
+    byte is checked against its digest.
+
+    Args:
+        state_dict: says what to load; its tensors give the memory.
+        checkpoint_id: path or URL of the checkpoint; optional with a ``storage_reader`` that
+            knows it.
+        storage_reader: where from; by default the registered backend of ``checkpoint_id``.
+        planner: what to read; ``DefaultLoadPlanner()`` by default.
+        process_group, no_dist, timeout, stall_timeout, coordinator_rank: as in ``save``.
+        phase_timeouts: seconds by phase: ``metadata``, ``plan``, ``read``.
+        per_rank: what to do with ``PerRank`` values saved at another world size: ``"error"``,
+            ``"skip"`` (keep what is there), or ``"list"`` (put a list of all ranks' values).
+        allow_pickle: execute the pickle of objects that the safe encoding and
+            ``torch.load(weights_only=True)`` cannot read. Only for checkpoints you trust.
+
+    Returns:
+        What was read, missing and not asked for.
+
+    Raises:
+        CheckpointException: on every rank; see ``save``. If the error came while reading, the
+            destination's tensors may be partly filled, and the message says so.
+    """
+    return default_engine(process_group).load(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_reader=storage_reader,
+        planner=planner,
+        no_dist=no_dist,
+        timeout=timeout,
+        stall_timeout=stall_timeout,
+        phase_timeouts=phase_timeouts,
+        coordinator_rank=coordinator_rank,
+        per_rank=per_rank,
+        allow_pickle=allow_pickle,
+    )
+
+
+def read_extra(checkpoint: str | os.PathLike[str], name: str) -> bytes:
+    """The content of ``extra_files[name]`` of a committed checkpoint, verified. Needs no group.
+
+    Raises:
+        NotFoundError: no checkpoint there, or no such extra file.
+        DamagedCheckpointError: the file is not what was written.
+    """
+    reader = BackendRegistry().reader(checkpoint)
+    if not isinstance(reader, ColumnarReader):
+        raise StorageError(
+            f"{type(reader).__name__} keeps no extra files",
+            kind="unsupported_storage",
+            checkpoint=checkpoint,
+        )
+    manifest, _ = reader.open_checkpoint(None)
+    try:
+        return reader.read_extra(manifest, name)
+    finally:
+        reader.close_checkpoint()

@@ -1,0 +1,103 @@
+"""Objects as bytes: a tagged encoding that is safe to read, and ``torch.save`` for the rest.
+
+Belongs here: which values have a tagged encoding, and the choice between the two. The encoding
+itself is in ``tagged``. Does not belong here: where the bytes are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+
+import torch
+
+from dcp_engine.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    UnsafeContentError,
+    UnsupportedStateError,
+)
+from dcp_engine.format import tagged
+
+__all__ = ["EncodedObject", "decode_object", "encode_object"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedObject:
+    """An object as it is stored."""
+
+    data: bytes
+    pickled: bool
+    """Whether ``torch.save`` made the bytes; else they are in the tagged encoding."""
+
+
+def encode_object(value: object, *, fqn: str) -> EncodedObject:
+    """Encode ``value``: tagged if that restores it exactly, else with ``torch.save``.
+
+    The tagged encoding of equal values is the same bytes. Raises ``UnsupportedStateError``,
+    naming ``fqn``, for what cannot be pickled either.
+    """
+    try:
+        return EncodedObject(tagged.encode(value), pickled=False)
+    except tagged.NotTaggable:
+        pass
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except Exception as error:
+        raise UnsupportedStateError(
+            f"a {type(value).__qualname__} cannot be pickled: {type(error).__name__}: {error}",
+            tensor=fqn,
+            hint="leave it out of the state dict, or give it a state_dict and load_state_dict",
+        ) from error
+    return EncodedObject(buffer.getvalue(), pickled=True)
+
+
+def decode_object(
+    data: bytes,
+    pickled: bool,
+    *,
+    fqn: str,
+    checkpoint: object | None = None,
+    allow_pickle: bool = False,
+) -> object:
+    """The value that ``data`` encodes.
+
+    What ``torch.save`` made is read with ``weights_only=True``, and executed only with
+    ``allow_pickle``. Raises ``UnsafeContentError`` (``pickle_refused``) for what would run code,
+    and ``DamagedCheckpointError`` (``object_invalid``) for bytes that encode nothing.
+    """
+    try:
+        return _unpickle(data, allow_pickle) if pickled else tagged.decode(data)
+    except CheckpointError as error:
+        raise error.with_context(checkpoint=checkpoint, tensor=fqn) from error.__cause__
+
+
+def _unpickle(data: bytes, allow_pickle: bool) -> object:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not allow_pickle:
+            raise UnsafeContentError(
+                f"the object is a pickle that would run code: {_first_line(error)}",
+                hint="load with allow_pickle=True if you trust whoever wrote the checkpoint",
+            ) from error
+    except Exception as error:
+        if not allow_pickle:
+            raise _damaged(error) from error
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"the pickled object cannot be restored: {type(error).__name__}: {_first_line(error)}",
+        kind="object_invalid",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

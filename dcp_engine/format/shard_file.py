@@ -1,0 +1,249 @@
+"""Headers of data files, which are safetensors files.
+
+Belongs here: making and reading the header, the names of its entries, and how many entries fit
+into one. Does not belong here: the data section, and which tensors go into which file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dcp_engine.errors import DamagedCheckpointError, UnsupportedStateError
+from dcp_engine.format.dtypes import info, stored_shape
+
+__all__ = [
+    "DATA_ALIGNMENT",
+    "MAX_HEADER_BYTES",
+    "MAX_PLANNED_HEADER_BYTES",
+    "HeaderEntry",
+    "ParsedEntry",
+    "ParsedHeader",
+    "encode_header",
+    "entry_name",
+    "entry_size_bound",
+    "parse_data_start",
+    "parse_header",
+    "split_by_header_limit",
+]
+
+DATA_ALIGNMENT = 4096
+"""The data section begins on a multiple of this, for direct I/O and mapping."""
+MAX_PLANNED_HEADER_BYTES = 50_000_000
+"""A writer begins a new file before a header reaches this."""
+MAX_HEADER_BYTES = 100_000_000
+"""A reader refuses more; safetensors' own limit."""
+
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+_DIGITS = 19
+"""Longest decimal of a 63-bit integer."""
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """One tensor, chunk or object in a data file."""
+
+    name: str
+    """Its key in the header; see ``entry_name``."""
+    dtype_code: int
+    """Code of ``format.dtypes``."""
+    shape: tuple[int, ...]
+    """Of the chunk, as torch sees it."""
+    begin: int
+    """First byte, relative to the data section."""
+    end: int
+    """Behind the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedEntry:
+    """An entry as the header has it."""
+
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedHeader:
+    """A header that was read and checked."""
+
+    entries: Mapping[str, ParsedEntry]
+    metadata: Mapping[str, str]
+    data_start: int
+    """Bytes before the data section."""
+
+
+def entry_name(fqn: str, offsets: Sequence[int] | None, taken: AbstractSet[str]) -> str:
+    """The key for a tensor (``offsets`` None) or for the chunk of it that begins at ``offsets``.
+
+    ``taken`` holds the keys that the file has already; the caller adds the result.
+    """
+    name = fqn if offsets is None else f"{fqn}@{','.join(map(str, offsets))}"
+    if name not in taken and name != _METADATA:
+        return name
+    number = 1
+    while f"{name}@@{number}" in taken:
+        number += 1
+    return f"{name}@@{number}"
+
+
+def encode_header(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a data file up to its data section: length, JSON, and spaces up to a multiple
+    of ``DATA_ALIGNMENT``. ``entries`` are in the order of their bytes. Same input, same bytes.
+
+    Raises ``UnsupportedStateError`` for a name that is not valid UTF-8.
+    """
+    parts = [f'"{_METADATA}":'.encode() + _encode(dict(metadata))] if metadata else []
+    for entry in entries:
+        dtype, shape = stored_shape(info(entry.dtype_code), entry.shape)
+        parts.append(
+            b'%b:{"dtype":"%b","shape":[%b],"data_offsets":[%d,%d]}'
+            % (
+                _encode(entry.name),
+                dtype.encode(),
+                ",".join(map(str, shape)).encode(),
+                entry.begin,
+                entry.end,
+            )
+        )
+    body = b"{" + b",".join(parts) + b"}"
+    padded = -(-(_LENGTH_BYTES + len(body)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - _LENGTH_BYTES
+    return padded.to_bytes(_LENGTH_BYTES, "little") + body.ljust(padded)
+
+
+def _encode(value: str | dict[str, str]) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except UnicodeEncodeError as error:
+        raise UnsupportedStateError(
+            "the key is not valid UTF-8", tensor=ascii(value), hint="rename the key"
+        ) from error
+
+
+def entry_size_bound(fqn: str, ndim: int) -> int:
+    """At least as many bytes as any chunk of tensor ``fqn`` takes up in a header."""
+    digits = _DIGITS + 1
+    # Offsets in the name, sizes and a trailing byte dimension in the shape, two data offsets,
+    # a number behind the name, and the constant text around them.
+    return len(_encode(fqn)) + digits * (2 * ndim + 1 + 2 + 1) + 64
+
+
+def split_by_header_limit(
+    bounds: npt.NDArray[np.int64], limit: int = MAX_PLANNED_HEADER_BYTES
+) -> npt.NDArray[np.int32]:
+    """For each entry, in order, the number (from 0) of the file it goes to so that no file's
+    header reaches ``limit`` bytes. ``bounds`` (n,) are of ``entry_size_bound``."""
+    room = limit - 2 * DATA_ALIGNMENT
+    numbers = np.empty(len(bounds), np.int32)
+    begin = number = 0
+    total = np.concatenate(([0], np.cumsum(bounds)))
+    while begin < len(bounds):
+        end = int(np.searchsorted(total, total[begin] + room, side="right")) - 1
+        end = max(end, begin + 1)
+        numbers[begin:end] = number
+        begin, number = end, number + 1
+    return numbers
+
+
+def parse_data_start(prefix: bytes, file_size: int) -> int:
+    """Where the data section begins, from a file's first 8 bytes.
+
+    Raises ``DamagedCheckpointError`` (``header_mismatch``) for an absurd length.
+    """
+    if len(prefix) < _LENGTH_BYTES:
+        raise _invalid("the file is shorter than 8 bytes")
+    length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - _LENGTH_BYTES):
+        raise _invalid(f"a header of {length} bytes in a file of {file_size}")
+    return _LENGTH_BYTES + length
+
+
+def parse_header(prefix: bytes, file_size: int) -> ParsedHeader:
+    """Read a header. ``prefix`` is the begin of the file, at least up to the data section.
+
+    Raises ``DamagedCheckpointError`` (``header_mismatch``) unless it is a valid safetensors
+    header whose entries cover the rest of a file of ``file_size`` bytes without gap or overlap.
+    """
+    data_start = parse_data_start(prefix, file_size)
+    if len(prefix) < data_start:
+        raise _invalid(f"{len(prefix)} of {data_start} bytes were read")
+    try:
+        found = json.loads(
+            prefix[_LENGTH_BYTES:data_start].decode("utf-8"), object_pairs_hook=_distinct
+        )
+    except (ValueError, RecursionError) as error:
+        raise _invalid(str(error)[:200]) from error
+    if not isinstance(found, dict):
+        raise _invalid("it is not an object")
+    metadata = found.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise _invalid("its metadata is not a mapping of strings")
+    entries = {name: _parse_entry(name, fields) for name, fields in found.items()}
+    _check_layout(entries, file_size - data_start)
+    return ParsedHeader(entries, metadata, data_start)
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key is there twice")
+    return fields
+
+
+def _parse_entry(name: str, fields: object) -> ParsedEntry:
+    if isinstance(fields, dict) and fields.keys() == {"dtype", "shape", "data_offsets"}:
+        dtype, shape, place = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if type(dtype) is str and _are_sizes(shape) and _are_sizes(place) and len(place) == 2:
+            return ParsedEntry(dtype, tuple(shape), place[0], place[1])
+    raise _invalid(f"entry {name[:80]!r} is not a dtype, a shape and two offsets")
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+
+
+def _check_layout(entries: Mapping[str, ParsedEntry], data_size: int) -> None:
+    position = 0
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position or entry.end < entry.begin:
+            raise _invalid(
+                f"bytes {entry.begin} to {entry.end} follow on byte {position}: a gap or an overlap"
+            )
+        bits = _BITS.get(entry.dtype)
+        if bits is None:
+            raise _invalid(f"dtype {entry.dtype[:20]!r}")
+        if math.prod(entry.shape) * bits != 8 * (entry.end - entry.begin):
+            raise _invalid(
+                f"{entry.end - entry.begin} bytes for {entry.dtype} of shape {list(entry.shape)}"
+            )
+        position = entry.end
+    if position != data_size:
+        raise _invalid(f"its entries end at byte {position} of {data_size}")
+
+
+def _invalid(what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"the header of a data file is invalid: {what}", kind="header_mismatch"
+    )
+
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype that safetensors 0.8 knows."""

@@ -1,0 +1,201 @@
+"""A load as columns: default planner, engine's own reader.
+
+Steps: ``metadata`` (the coordinator reads the manifest and publishes which one it is), ``plan``
+(every rank reads that manifest and finds out what it needs; a destination that does not fit fails
+here, before a byte has moved), ``read``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.default_planner import DefaultLoadPlanner
+from dcp_engine.error_context import located
+from dcp_engine.errors import CheckpointException
+from dcp_engine.format.manifest import Manifest
+from dcp_engine.loader.destination import Destination, Path
+from dcp_engine.loader.manifest_wait import wait_for_manifest
+from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
+from dcp_engine.loader.options import LoadOptions
+from dcp_engine.loader.report import LoadReport
+from dcp_engine.native_storage import ColumnarReader, CommitRecord
+from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
+from dcp_engine.state.adapters import GroupRanks, describe_leaves
+from dcp_engine.state.flatten import flatten
+from dcp_engine.state.values import TensorValue
+
+__all__ = ["load_columns"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RankPlan:
+    """What this rank reads and where it goes."""
+
+    manifest: Manifest
+    source: LoadSource
+    objects: tuple[WantedObject, ...]
+    lists: tuple[tuple[Path, tuple[torch.Tensor, ...]], ...]
+    """Per-rank tensors of another world size, to be put in place as lists."""
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load_columns(
+    operation: Operation,
+    destination: Destination,
+    *,
+    checkpoint_id: str | None,
+    reader: ColumnarReader,
+    planner: DefaultLoadPlanner,
+    group: GroupRanks,
+    options: LoadOptions,
+) -> LoadReport:
+    """Carry one attempt at a load through on this rank."""
+    opened: list[Manifest] = []
+    plans: list[_RankPlan] = []
+
+    def here(action: Callable[[], bytes]) -> Callable[[], bytes]:
+        def local() -> bytes:
+            with located(checkpoint=reader.checkpoint, rank=operation.rank):
+                return action()
+
+        return local
+
+    def open_manifest() -> bytes:
+        if not operation.is_coordinator:
+            return b""
+        reader.reset(checkpoint_id)
+        manifest, record = reader.open_checkpoint(checkpoint_id)
+        opened.append(manifest)
+        return msgspec.msgpack.encode(record)
+
+    def publish(messages: list[bytes]) -> Decision:
+        return Decision(common=messages[operation.coordinator_rank])
+
+    def plan() -> bytes:
+        if not opened:
+            opened.append(wait_for_manifest(operation, reader, checkpoint_id, record))
+        plans.append(
+            _plan(
+                opened[0],
+                destination,
+                checkpoint=reader.checkpoint,
+                planner=planner,
+                group=group,
+                world_size=operation.world_size,
+                options=options,
+            )
+        )
+        return b""
+
+    def read() -> bytes:
+        plan = plans[0]
+        manifest, source = plan.manifest, plan.source
+        # Contexts of wrapper subclasses are compared here too: before any tensor moves.
+        for wanted in plan.objects:
+            value = wanted.read(
+                lambda stored: reader.read_object(manifest, stored),
+                checkpoint=reader.checkpoint,
+                allow_pickle=options.allow_pickle or planner.allow_pickle,
+            )
+            if wanted.request.path is not None:
+                loaded.append((wanted.request.path, value))
+        count = reader.read_columns(manifest, source.columns, source.tensors, operation.check)
+        return msgspec.msgpack.encode(count)
+
+    loaded: list[tuple[Path, object]] = []
+    try:
+        common, _ = operation.step("metadata", here(open_manifest), publish)
+        record = msgspec.msgpack.decode(common, type=CommitRecord)
+        operation.step("plan", here(plan), lambda _: Decision())
+        try:
+            common, _ = operation.step("read", here(read), _total)
+        except CheckpointException as error:
+            error.hint = "; ".join(
+                filter(None, (error.hint, "the tensors of the destination may be partly filled"))
+            )
+            raise
+    finally:
+        reader.close_checkpoint()
+    plan_ = plans[0]
+    for path, tensors in plan_.lists:
+        destination.put(path, list(tensors))
+    for path, value in loaded:
+        destination.put(path, value)
+    return LoadReport(
+        save_id=record.save_id,
+        missing=plan_.missing,
+        unexpected=plan_.unexpected,
+        bytes_read=msgspec.msgpack.decode(common, type=int),
+    )
+
+
+def _total(messages: list[bytes]) -> Decision:
+    total = sum(msgspec.msgpack.decode(message, type=int) for message in messages)
+    return Decision(common=msgspec.msgpack.encode(total))
+
+
+def _plan(
+    manifest: Manifest,
+    destination: Destination,
+    *,
+    checkpoint: str,
+    planner: DefaultLoadPlanner,
+    group: GroupRanks,
+    world_size: int,
+    options: LoadOptions,
+) -> _RankPlan:
+    flat = flatten(destination.resolved, flatten_state_dict=planner.flatten_state_dict)
+    tensors: list[TensorValue] = []
+    requests: list[ObjectRequest] = []
+    described = describe_leaves(
+        flat.leaves,
+        group=group,
+        flatten_sharded_tensors=planner.flatten_sharded_tensors,
+        for_load=True,
+    )
+    for leaf, values in described:
+        for value in values:
+            if isinstance(value, TensorValue):
+                tensors.append(value)
+            else:
+                own = value.fqn == leaf.fqn
+                requests.append(ObjectRequest(value=value, path=leaf.path if own else None))
+    source = make_load_columns(
+        tensors,
+        manifest,
+        rank=group.rank,
+        world_size=world_size,
+        strict=not planner.allow_partial_load,
+        per_rank=options.per_rank,
+    )
+    chosen = [
+        choose_object(
+            request,
+            manifest,
+            rank=group.rank,
+            world_size=world_size,
+            options=options,
+            allow_partial=planner.allow_partial_load,
+            checkpoint=checkpoint,
+        )
+        for request in requests
+    ]
+    stored = {*manifest.objects, *manifest.per_rank_objects}
+    names = {value.fqn for value in tensors} | {request.value.fqn for request in requests}
+    return _RankPlan(
+        manifest=manifest,
+        source=source,
+        objects=tuple(wanted for wanted in chosen if wanted is not None),
+        lists=tuple((flat.mappings[name], values) for name, values in source.lists),
+        missing=(
+            *source.missing,
+            *(r.value.fqn for r in requests if r.value.fqn not in stored),
+        ),
+        unexpected=unexpected_keys(manifest, names),
+    )

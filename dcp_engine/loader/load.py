@@ -1,0 +1,99 @@
+"""Which way a load goes, and how often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcp_engine.coordination.interface import Session
+from dcp_engine.default_planner import DefaultLoadPlanner, is_default_load_planner
+from dcp_engine.errors import CheckpointException, UsageError
+from dcp_engine.loader.columnar import load_columns
+from dcp_engine.loader.destination import Destination
+from dcp_engine.loader.item_based import load_items
+from dcp_engine.loader.options import LoadOptions
+from dcp_engine.loader.report import LoadReport
+from dcp_engine.native_storage import ColumnarReader
+from dcp_engine.planner import LoadPlanner
+from dcp_engine.state.adapters import GroupRanks
+from dcp_engine.storage import StorageReader
+
+__all__ = ["ATTEMPTS", "load"]
+
+ATTEMPTS = 3
+"""How often all ranks start over together when the checkpoint is replaced under a load."""
+
+
+def load(
+    session: Session,
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | None,
+    reader: StorageReader,
+    planner: LoadPlanner | None,
+    group: GroupRanks,
+    options: LoadOptions,
+) -> LoadReport:
+    """Load into ``state_dict`` through ``reader``; on every rank of ``session``."""
+    if not isinstance(reader, StorageReader):
+        raise UsageError(
+            f"{type(reader).__name__} is not a dcp_engine.StorageReader",
+            hint="derive it from dcp_engine.StorageReader instead of torch's class of that name",
+        )
+    planner = planner if planner is not None else DefaultLoadPlanner()
+    destination = Destination(state_dict)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            report = _attempt(
+                session, destination, checkpoint_id, reader, planner, group, options
+            )
+            break
+        except CheckpointException as error:
+            # Every rank holds the same verdict, so all of them start over, or none.
+            if error.kind != "superseded" or attempt == ATTEMPTS:
+                raise
+    destination.finish()
+    return report
+
+
+def _attempt(
+    session: Session,
+    destination: Destination,
+    checkpoint_id: str | None,
+    reader: StorageReader,
+    planner: LoadPlanner,
+    group: GroupRanks,
+    options: LoadOptions,
+) -> LoadReport:
+    columnar = (
+        isinstance(reader, ColumnarReader)
+        and reader.takes_columns
+        and is_default_load_planner(planner)
+    )
+    name = checkpoint_id
+    if name is None:
+        name = reader.checkpoint if isinstance(reader, ColumnarReader) else type(reader).__name__
+    with session.begin(
+        "load", name, deadlines=options.deadlines, coordinator_rank=options.coordinator_rank
+    ) as operation:
+        if columnar and isinstance(reader, ColumnarReader):
+            if not isinstance(planner, DefaultLoadPlanner):
+                raise UsageError(f"{type(planner).__name__} is not a DefaultLoadPlanner")
+            return load_columns(
+                operation,
+                destination,
+                checkpoint_id=checkpoint_id,
+                reader=reader,
+                planner=planner,
+                group=group,
+                options=options,
+            )
+        report = load_items(
+            operation,
+            destination.resolved,
+            checkpoint_id=checkpoint_id,
+            checkpoint=name,
+            reader=reader,
+            planner=planner,
+        )
+    destination.adopt_resolved()
+    return report

@@ -1,0 +1,22 @@
+"""What a caller may choose about one load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dcp_engine.coordination.interface import Deadlines
+
+__all__ = ["LoadOptions", "PerRankPolicy"]
+
+PerRankPolicy = Literal["error", "skip", "list"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Choices of one load; the public ``load`` documents them."""
+
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    coordinator_rank: int = 0
+    per_rank: PerRankPolicy = "error"
+    allow_pickle: bool = False

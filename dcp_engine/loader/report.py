@@ -1,0 +1,21 @@
+"""What a load did: returned by ``load``, on every rank its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LoadReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """The outcome of one load on this rank."""
+
+    save_id: str | None
+    """Which save was read (None where the reader is not the engine's own)."""
+    missing: tuple[str, ...] = ()
+    """Keys of the state dict that the checkpoint does not hold (partial loads only)."""
+    unexpected: tuple[str, ...] = ()
+    """Keys of the checkpoint that the state dict did not ask for."""
+    bytes_read: int | None = None
+    """Bytes of tensor data that all ranks together read (None where unknown)."""

@@ -1,0 +1,196 @@
+"""The files of one open checkpoint, each checked before anything in it counts.
+
+Belongs here: digest tables, headers and sizes, read once per open and kept; and what a missing
+or short file means. Does not belong here: which bytes a load needs (``read_plan``), and reading
+them (``read_files``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dcp_engine.errors import CheckpointError, ConflictError, DamagedCheckpointError
+from dcp_engine.format.digest import DigestTable, decode_digests, digest_value, xxh3_128_hex
+from dcp_engine.format.manifest import DataFile, Manifest
+from dcp_engine.format.shard_file import ParsedEntry, parse_data_start, parse_header
+from dcp_engine.storage import ByteStore, ReadRange
+from storage_backends.os_errors import storage_error
+from storage_backends.present import present_checkpoint
+
+__all__ = ["CheckpointFiles", "HeaderIndex"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeaderIndex:
+    """The entries of a data file's header, by the byte at which each begins."""
+
+    by_begin: dict[int, ParsedEntry]
+
+
+class CheckpointFiles:
+    """Opened by manifest. Thread-safe."""
+
+    def __init__(self, store: ByteStore, manifest: Manifest, *, verify_digests: bool) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.verify_digests = verify_digests
+        self._lock = threading.RLock()
+        self._tables: dict[int, DigestTable] = {}
+        self._headers: dict[int, HeaderIndex] = {}
+
+    def path(self, name: str) -> str:
+        """Name in the store of file ``name`` of the data directory."""
+        return f"{self.manifest.data_directory}/{name}"
+
+    @contextmanager
+    def reading(self, name: str, *, tensor: str | None = None) -> Iterator[None]:
+        """What a failed read of file ``name`` means.
+
+        A file that is gone is damage, unless another checkpoint has taken this one's place since
+        it was opened (``superseded``).
+        """
+        url, path = self.store.url, self.path(name)
+        try:
+            yield
+        except FileNotFoundError as error:
+            self._refuse_superseded(error)
+            raise DamagedCheckpointError(
+                "a file that the manifest names is not there",
+                kind="file_missing",
+                checkpoint=url,
+                file=path,
+                tensor=tensor,
+                hint="take another checkpoint",
+            ) from error
+        except EOFError as error:
+            raise DamagedCheckpointError(
+                f"a file is shorter than the manifest says: {error}",
+                kind="file_short",
+                checkpoint=url,
+                file=path,
+                tensor=tensor,
+                hint="take another checkpoint",
+            ) from error
+        except CheckpointError as error:
+            error.with_context(checkpoint=url, file=path, tensor=tensor)
+            raise
+        except OSError as error:
+            raise storage_error(error, "read the file", checkpoint=url, file=path).with_context(
+                tensor=tensor
+            ) from error
+
+    def _refuse_superseded(self, error: FileNotFoundError) -> None:
+        present = present_checkpoint(self.store)
+        if present != self.manifest.save_id:
+            raise ConflictError(
+                f"checkpoint {self.manifest.save_id} was replaced while it was read "
+                f"({'there is none now' if present is None else f'there is {present} now'})",
+                kind="superseded",
+                checkpoint=self.store.url,
+                hint="load again",
+            ) from error
+
+    def table(self, rank: int) -> DigestTable:
+        """The digests of ``rank``'s files, themselves checked against the manifest."""
+        with self._lock:
+            table = self._tables.get(rank)
+            if table is None:
+                table = self._tables[rank] = self._read_table(rank)
+            return table
+
+    def _read_table(self, rank: int) -> DigestTable:
+        entry = self.manifest.digest_file(rank)
+        with self.reading(entry.name):
+            table = decode_digests(
+                self._read_checked(entry.name, entry.size, entry.xxh3_128, "digest file")
+            )
+            if table.block_size != self.manifest.block_size:
+                raise DamagedCheckpointError(
+                    f"blocks of {table.block_size} bytes, and the manifest says "
+                    f"{self.manifest.block_size}",
+                    kind="digest_mismatch",
+                )
+            return table
+
+    def _read_checked(self, name: str, size: int, xxh3_128: str, what: str) -> bytes:
+        self._compare_size(name, size)
+        data = bytearray(size)
+        if size:
+            self.store.read(self.path(name), [ReadRange(0, memoryview(data))])
+        if xxh3_128_hex(data) != xxh3_128:
+            raise DamagedCheckpointError(
+                f"the {what} is not what was written", kind="digest_mismatch"
+            )
+        return bytes(data)
+
+    def _compare_size(self, name: str, size: int) -> None:
+        found = self.store.size(self.path(name))
+        if found != size:
+            raise DamagedCheckpointError(
+                f"the file has {found} bytes, and the manifest says {size}",
+                kind="file_short",
+                hint="take another checkpoint",
+            )
+
+    def header(self, row: int) -> HeaderIndex:
+        """The header of data file ``row``, checked: the file's size, the header's own digest, and
+        that it is a valid one."""
+        with self._lock:
+            header = self._headers.get(row)
+            if header is None:
+                header = self._headers[row] = self._read_header(self.manifest.data_files[row])
+            return header
+
+    def _read_header(self, file: DataFile) -> HeaderIndex:
+        # The table first: it has an error of its own, and names a file of its own.
+        table = self.table(file.rank) if self.verify_digests else None
+        with self.reading(file.name):
+            self._compare_size(file.name, file.size)
+            first = bytearray(8)
+            self.store.read(self.path(file.name), [ReadRange(0, memoryview(first))])
+            if parse_data_start(bytes(first), file.size) != file.data_start:
+                raise DamagedCheckpointError(
+                    "the header is not as long as the manifest says", kind="header_mismatch"
+                )
+            data = bytearray(file.data_start)
+            self.store.read(self.path(file.name), [ReadRange(0, memoryview(data))])
+            parsed = parse_header(bytes(data), file.size)
+            if table is not None and digest_value(data) != table.header_digest(file.number):
+                raise DamagedCheckpointError(
+                    "the header is not what was written", kind="header_mismatch"
+                )
+        # Entries without bytes begin where the next one does, and are nobody's chunk.
+        entries = [entry for entry in parsed.entries.values() if entry.end > entry.begin]
+        return HeaderIndex({entry.begin: entry for entry in entries})
+
+    def compare_entry(
+        self, row: int, start: int, dtype: str, shape: Sequence[int], nbytes: int, tensor: str
+    ) -> None:
+        """Raise ``header_mismatch`` unless data file ``row`` lists a chunk just so."""
+        entry = self.header(row).by_begin.get(start)
+        if entry is not None:
+            found = (entry.dtype, entry.shape, entry.end - entry.begin)
+            if found == (dtype, tuple(shape), nbytes):
+                return
+        file = self.manifest.data_files[row]
+        listed = "nothing" if entry is None else f"{entry.dtype} of shape {list(entry.shape)}"
+        raise DamagedCheckpointError(
+            f"the manifest has {dtype} of shape {list(shape)} at byte {start}, and the file's "
+            f"header {listed}",
+            kind="header_mismatch",
+            checkpoint=self.store.url,
+            file=self.path(file.name),
+            tensor=tensor,
+            hint="take another checkpoint",
+        )
+
+    def extra(self, name: str) -> bytes | None:
+        """The content of extra file ``name`` (``extra/...``), checked; None if there is none."""
+        for entry in self.manifest.extra_files:
+            if entry.name == name:
+                with self.reading(entry.name):
+                    return self._read_checked(entry.name, entry.size, entry.xxh3_128, "extra file")
+        return None

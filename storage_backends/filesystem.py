@@ -1,0 +1,144 @@
+"""Checkpoints in the local (or mounted) file system: what users construct, and the backend.
+
+Belongs here: DCP's names and arguments over ``FileSystemStore``. Does not belong here: system
+calls (``filesystem_store``) and the format (``sharded_writer``, ``sharded_reader``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dcp_engine.errors import UsageError
+from dcp_engine.format.digest import DEFAULT_BLOCK_SIZE
+from dcp_engine.registry import scheme_of
+from dcp_engine.storage import ByteStore, StorageReader, StorageWriter
+from storage_backends.filesystem_store import FileSystemStore, path_of
+from storage_backends.sharded_backend import ShardedBackend
+from storage_backends.sharded_reader import ShardedReader
+from storage_backends.sharded_writer import ShardedWriter
+
+__all__ = [
+    "FileSystemBackend",
+    "FileSystemReader",
+    "FileSystemStore",
+    "FileSystemWriter",
+    "backend",
+    "path_of",
+]
+
+CheckpointId = str | os.PathLike[str]
+
+
+class FileSystemWriter(ShardedWriter):
+    """Writes checkpoints into directories.
+
+    Args:
+        path: where to, unless a save says otherwise; a path or a ``file:`` URL.
+        single_file_per_rank: accepted, as in DCP. A rank always writes one data file (more only
+            where its header would become too long); a file per tensor gains nothing here.
+        sync_files: False leaves it to the system when bytes reach the disk. A crash of the job
+            still loses nothing that was committed; a power failure may.
+        thread_count: threads that write one rank's file.
+        per_thread_copy_ahead: accepted, as in DCP. Device memory is copied in bounded slices.
+        cache_staged_state_dict: accepted, as in DCP. Staging is the engine's, not the writer's.
+        overwrite: False refuses a directory that holds a checkpoint. True replaces it at once:
+            readers see the old one or the new one, whole.
+        block_size: bytes under one digest.
+        max_inflight_bytes: bound of the memory a save holds beside the tensors.
+    """
+
+    def __init__(
+        self,
+        path: CheckpointId | None = None,
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        max_inflight_bytes: int = 256 << 20,
+    ) -> None:
+        super().__init__(
+            lambda checkpoint_id: FileSystemStore(checkpoint_id, sync=sync_files),
+            path,
+            thread_count=thread_count,
+            overwrite=overwrite,
+            block_size=block_size,
+            max_inflight_bytes=max_inflight_bytes,
+        )
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.cache_staged_state_dict = cache_staged_state_dict
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
+        """Whether it is a path or a ``file:`` URL whose nearest existing parent is a directory."""
+        return _is_possible(checkpoint_id)
+
+
+class FileSystemReader(ShardedReader):
+    """Reads checkpoints from directories.
+
+    Args:
+        path: what to read, unless a load says otherwise; a path or a ``file:`` URL.
+        thread_count: threads that read for one rank.
+        verify_digests: False skips the digests of tensor data: damage goes unnoticed.
+        max_inflight_bytes: bound of the memory a load holds beside its destination.
+    """
+
+    def __init__(
+        self,
+        path: CheckpointId | None = None,
+        *,
+        thread_count: int = 1,
+        verify_digests: bool = True,
+        max_inflight_bytes: int = 256 << 20,
+    ) -> None:
+        super().__init__(
+            FileSystemStore,
+            path,
+            thread_count=thread_count,
+            verify_digests=verify_digests,
+            max_inflight_bytes=max_inflight_bytes,
+        )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
+        """Whether it is a path or a ``file:`` URL whose nearest existing parent is a directory."""
+        return _is_possible(checkpoint_id)
+
+
+def _is_possible(checkpoint_id: CheckpointId) -> bool:
+    if scheme_of(checkpoint_id) != "file":
+        return False
+    path = path_of(checkpoint_id)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path)
+
+
+class FileSystemBackend(ShardedBackend):
+    """Plain paths, path objects and ``file:`` URLs. Has no state."""
+
+    def open_store(self, url: CheckpointId, **options: Any) -> ByteStore:
+        """The directory as a byte store. Option: ``sync_files``."""
+        unknown = options.keys() - {"sync_files"}
+        if unknown:
+            raise UsageError(f"the file system does not know options {sorted(unknown)}")
+        return FileSystemStore(url, sync=bool(options.get("sync_files", True)))
+
+    def writer(self, checkpoint_id: CheckpointId, **options: Any) -> StorageWriter:
+        """A ``FileSystemWriter``, with its keywords."""
+        return FileSystemWriter(checkpoint_id, **options)
+
+    def reader(self, checkpoint_id: CheckpointId, **options: Any) -> StorageReader:
+        """A ``FileSystemReader``, with its keywords."""
+        return FileSystemReader(checkpoint_id, **options)
+
+
+backend = FileSystemBackend()
+"""For the entry point."""

@@ -1,0 +1,324 @@
+"""One save on one rank: its files, from the data directory to the commit or the clean-up.
+
+Belongs here: the steps, and the record of what this rank wrote, so that it can be removed. Does
+not belong here: the interfaces that savers see (``sharded_writer``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from dcp_engine.errors import CheckpointError, ConflictError, StorageError, UsageError
+from dcp_engine.format.digest import encode_digests, xxh3_128_hex
+from dcp_engine.format.manifest import ExtraFile
+from dcp_engine.format.names import (
+    MANIFEST_NAME,
+    OWNER_NAME,
+    data_directory,
+    data_file_name,
+    digest_file_name,
+    extra_file_name,
+    rank_manifest_name,
+)
+from dcp_engine.format.shard_file import HeaderEntry, encode_header, entry_name
+from dcp_engine.native_storage import CommitRecord, FileReport, RankReport, SaveTicket
+from dcp_engine.planning.columns import GlobalPlan
+from dcp_engine.storage import ByteStore, Check
+from storage_backends.commit import commit_manifest, temporary_name
+from storage_backends.garbage import data_directories, is_proved_dead, owner_record, read_owner
+from storage_backends.layout import FileLayout, RankLayout
+from storage_backends.present import complete_set, present_checkpoint, rank_manifests
+from storage_backends.present import present_save_id as manifest_save_id
+from storage_backends.reports import check_reports, make_manifest
+from storage_backends.store_errors import writing
+from storage_backends.tensor_bytes import require_little_endian
+from storage_backends.write_files import WriteOptions, WrittenFile, write_file
+
+__all__ = ["RankSave"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replaced:
+    """What the commit took the place of."""
+
+    observed: str | None
+
+
+class RankSave:
+    """Order of calls: ``begin``, ``write``, ``commit`` (who commits), ``remove_replaced`` (the
+    coordinator); ``abort`` at any time before the commit.
+
+    Args:
+        store: of the checkpoint.
+        ticket: which save, which rank.
+        options: how to write.
+        overwrite: False refuses a place where a checkpoint is.
+    """
+
+    def __init__(
+        self, store: ByteStore, ticket: SaveTicket, options: WriteOptions, *, overwrite: bool
+    ) -> None:
+        self.store = store
+        self.ticket = ticket
+        self._options = options
+        self._overwrite = overwrite
+        self._directory = data_directory(ticket.save_id)
+        self._written: list[str] = []
+        self._extra: list[ExtraFile] = []
+        self._replaced: _Replaced | None = None
+
+    @property
+    def _is_coordinator(self) -> bool:
+        return self.ticket.rank == self.ticket.coordinator_rank
+
+    @property
+    def _manifest_name(self) -> str:
+        if self.ticket.use_collectives:
+            return MANIFEST_NAME
+        return rank_manifest_name(self.ticket.rank)
+
+    def begin(self) -> None:
+        """Create the data directory; on the coordinator also ``owner.json``."""
+        require_little_endian()
+        store, ticket = self.store, self.ticket
+        if ticket.world_size > 1 and not store.shared_between_processes:
+            raise StorageError(
+                f"{type(store).__name__} is seen by one process only, and {ticket.world_size} "
+                "ranks save together",
+                kind="unsupported_storage",
+                checkpoint=store.url,
+                hint="choose a storage that all ranks share",
+            )
+        self._extra_names()
+        with writing(store, "look for a checkpoint", file=self._manifest_name):
+            self._refuse_present()
+        with writing(store, "create the data directory", file=self._directory):
+            store.make_directory(self._directory)
+        if self._is_coordinator:
+            name = f"{self._directory}/{OWNER_NAME}"
+            self._written.append(name)
+            with writing(store, "write the owner record", file=name):
+                store.put(name, owner_record(ticket.identity))
+
+    def _refuse_present(self) -> None:
+        if self.ticket.use_collectives:
+            if not self._overwrite and self._is_coordinator:
+                present = present_checkpoint(self.store)
+                if present is not None:
+                    self._refuse(f"checkpoint {present} is there, and overwrite is False")
+            return
+        present = manifest_save_id(self.store)
+        if present is None:
+            present = complete_set(rank_manifests(self.store))
+        if present is not None:
+            raise ConflictError(
+                f"checkpoint {present} is there, and a save without collectives cannot replace "
+                "one atomically",
+                checkpoint=self.store.url,
+                hint="choose another checkpoint_id, or remove the old checkpoint first",
+            )
+
+    def _refuse(self, message: str) -> None:
+        raise UsageError(
+            message,
+            checkpoint=self.store.url,
+            hint="choose another checkpoint_id, or allow to overwrite",
+        )
+
+    def _extra_names(self) -> dict[str, str]:
+        """Stored names of the caller's extra files, by the caller's."""
+        try:
+            return {name: extra_file_name(name) for name in self.ticket.extra_files}
+        except ValueError as error:
+            raise UsageError(str(error), checkpoint=self.store.url) from error
+
+    def write(self, layout: RankLayout, check: Check) -> RankReport:
+        """Write and sync all files of ``layout``, their digests, and on the coordinator the
+        caller's extra files; then the directory."""
+        written: list[WrittenFile] = []
+        for file in layout.files:
+            name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
+            with writing(self.store, "write the data file", file=name):
+                header = _header(file, self.ticket.save_id)
+                self._written.append(name)
+                written.append(write_file(self.store, name, file, header, self._options, check))
+        digests = self._write_digests(layout, written, check)
+        if self._is_coordinator:
+            self._write_extra_files(check)
+        check()
+        with writing(self.store, "make the data directory durable", file=self._directory):
+            self.store.sync_directory(self._directory)
+        return RankReport(
+            rank=self.ticket.rank,
+            files=[FileReport(f.number, f.data_start, f.size) for f in written],
+            chunks=layout.chunks,
+            digests_size=len(digests),
+            digests_xxh3=xxh3_128_hex(digests) if digests else "",
+            objects=list(layout.objects),
+        )
+
+    def _write_digests(
+        self, layout: RankLayout, written: Sequence[WrittenFile], check: Check
+    ) -> bytes:
+        if not written:
+            return b""
+        pieces = [(file.number, piece) for file in layout.files for piece in file.pieces]
+        data = encode_digests(
+            block_size=self._options.block_size,
+            header_digests=[(file.number, file.header_digest) for file in written],
+            file=np.array([number for number, _ in pieces], np.int32),
+            start=np.array([piece.start for _, piece in pieces], np.int64),
+            nbytes=np.array([piece.nbytes for _, piece in pieces], np.int64),
+            blocks=[blocks for file in written for blocks in file.blocks],
+        )
+        name = f"{self._directory}/{digest_file_name(self.ticket.rank)}"
+        self._write_small(name, data, check)
+        return data
+
+    def _write_small(self, name: str, data: bytes, check: Check) -> None:
+        check()
+        with writing(self.store, "write the file", file=name):
+            self._written.append(name)
+            file = self.store.create(name, len(data))
+            try:
+                if data:
+                    file.write([memoryview(data)], 0)
+                file.sync()
+                file.close()
+            except BaseException:
+                file.abort()
+                raise
+
+    def _write_extra_files(self, check: Check) -> None:
+        directories: set[str] = set()
+        for name, stored in self._extra_names().items():
+            content = self.ticket.extra_files[name]
+            full = f"{self._directory}/{stored}"
+            parent = full.rpartition("/")[0]
+            with writing(self.store, "create the directory", file=parent):
+                if parent not in directories:
+                    self.store.make_directory(parent)
+                    directories.add(parent)
+            self._write_small(full, content, check)
+            self._extra.append(
+                ExtraFile(name=stored, size=len(content), xxh3_128=xxh3_128_hex(content))
+            )
+        for directory in sorted(directories):
+            with writing(self.store, "make the directory durable", file=directory):
+                self.store.sync_directory(directory)
+
+    def commit(
+        self, plan: GlobalPlan, reports: Sequence[RankReport], observed: str | None
+    ) -> CommitRecord:
+        """Check ``reports``, write the manifest, make it the checkpoint."""
+        ticket = self.ticket
+        ranks = range(ticket.world_size) if ticket.use_collectives else [ticket.rank]
+        try:
+            checked = check_reports(plan, reports, list(ranks))
+        except CheckpointError as error:
+            error.with_context(checkpoint=self.store.url)
+            raise
+        data = make_manifest(
+            plan,
+            checked,
+            ticket,
+            time=time.time(),
+            writers=_versions(),
+            block_size=self._options.block_size,
+            extra_files=self._extra,
+        )
+        name = self._manifest_name
+        if not ticket.use_collectives:
+            self._refuse_present()
+            observed = manifest_save_id(self.store, name)
+        if self.store.atomic_replace:
+            self._written.append(temporary_name(self._directory, name))
+        commit_manifest(
+            self.store,
+            data,
+            directory=self._directory,
+            name=name,
+            save_id=ticket.save_id,
+            observed=observed,
+        )
+        self._replaced = _Replaced(observed=observed)
+        return CommitRecord(
+            save_id=ticket.save_id, manifest_size=len(data), manifest_xxh3=xxh3_128_hex(data)
+        )
+
+    def remove_replaced(self) -> None:
+        """Remove the data of the checkpoint that the commit replaced, and orphans whose owner is
+        provably dead. Failing to is logged, not raised: the save has succeeded."""
+        if self._replaced is None or not self.ticket.use_collectives:
+            return
+        try:
+            self._remove_replaced(self._replaced.observed)
+        except (CheckpointError, OSError):
+            logger.warning("could not remove old data from %s", self.store.url, exc_info=True)
+
+    def _remove_replaced(self, observed: str | None) -> None:
+        store, ticket = self.store, self.ticket
+        for manifest in rank_manifests(store):
+            # What a save without collectives left here is hidden by the manifest from now on.
+            if manifest.save_id == observed:
+                store.delete([manifest.name])
+        for directory in data_directories(store.list("data-")):
+            if directory.save_id == ticket.save_id:
+                continue
+            is_replaced = directory.save_id == observed
+            if is_replaced and ticket.keep_replaced:
+                continue
+            if not is_replaced:
+                owner = read_owner(store, directory.name)
+                if owner is None or not is_proved_dead(owner, ticket.identity):
+                    continue
+            remove_directory_files(store, [file.name for file in directory.files])
+
+    def abort(self) -> None:
+        """Remove what this rank wrote; the last rank to do so removes the data directory."""
+        store = self.store
+        owner = f"{self._directory}/{OWNER_NAME}"
+        store.delete(reversed([name for name in self._written if name != owner]))
+        # Somebody else's files keep the directory, and the owner record that explains it.
+        rest = [file.name for file in store.list(f"{self._directory}/")]
+        if rest in ([], [owner], [f"{self._directory}/"]):
+            store.delete([owner, self._directory])
+        elif self._is_coordinator and owner in rest:
+            store.put(owner, owner_record(self.ticket.identity, given_up=True))
+        self._written.clear()
+
+
+def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:
+    """Remove a data directory's files, the owner record last: a clean-up that is interrupted
+    leaves something that the next one can still judge."""
+    ordered = sorted(names, key=lambda name: (name.endswith(f"/{OWNER_NAME}"), name))
+    store.delete(ordered)
+
+
+def _header(layout: FileLayout, save_id: str) -> bytes:
+    taken: set[str] = set()
+    entries: list[HeaderEntry] = []
+    for piece in layout.pieces:
+        name = entry_name(piece.name, piece.offsets, taken)
+        taken.add(name)
+        entries.append(
+            HeaderEntry(name, piece.code, piece.shape, piece.start, piece.start + piece.nbytes)
+        )
+    return encode_header(entries, {"format": "pt", "dcp_engine.save_id": save_id})
+
+
+def _versions() -> Mapping[str, str]:
+    try:
+        own = metadata.version("dcp_engine")
+    except metadata.PackageNotFoundError:
+        own = "unknown"  # run from a source tree that is not installed
+    return {"dcp_engine": own, "torch": str(torch.__version__)}

@@ -1,0 +1,232 @@
+"""The engine's own reader: the format over any ``ByteStore``, for columns and for items.
+
+Belongs here: the two faces, ``ColumnarReader``'s and DCP's, and turning both into wanted boxes.
+Does not belong here: reading and checking (``read_files``, ``checkpoint_files``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.futures import Future
+
+from dcp_engine.errors import CheckpointError, NotFoundError, UsageError
+from dcp_engine.format.manifest import Manifest, StoredObject
+from dcp_engine.format.metadata_view import ManifestMetadata
+from dcp_engine.format.names import extra_file_name
+from dcp_engine.metadata import Metadata, StorageMeta
+from dcp_engine.native_storage import ColumnarReader, CommitRecord
+from dcp_engine.plan import LoadPlan
+from dcp_engine.planner import LoadPlanner
+from dcp_engine.planning.columns import LoadColumns
+from dcp_engine.storage import ByteStore, Check
+from storage_backends.checkpoint_files import CheckpointFiles
+from storage_backends.item_reads import load_objects, want_items
+from storage_backends.open_manifest import read_manifest
+from storage_backends.read_files import Wanted, read_wanted
+from storage_backends.tensor_bytes import require_little_endian
+from storage_backends.wanted_rows import checked, wanted_of_columns, wanted_of_items
+
+__all__ = ["ShardedReader"]
+
+OpenStore = Callable[[str | os.PathLike[str]], ByteStore]
+CheckpointId = str | os.PathLike[str]
+
+_LIFE_CYCLE = (
+    "read_metadata",
+    "set_up_storage_reader",
+    "prepare_local_plan",
+    "prepare_global_plan",
+    "read_data",
+)
+INFLIGHT_PER_THREAD = 32 << 20
+"""Bytes of scratch memory that one thread may hold, generously."""
+
+
+def _nothing_to_check() -> None:
+    return None
+
+
+class ShardedReader(ColumnarReader):
+    """Reads checkpoints of the engine's format.
+
+    Args:
+        open_store: opens the byte store of a checkpoint's id.
+        checkpoint_id: what to read unless a load says otherwise.
+        thread_count: threads that read for one rank.
+        verify_digests: False skips the digests of tensor data, not those of manifest and extra
+            files: damaged numbers then go unnoticed.
+        max_inflight_bytes: bound of the memory a load holds beside its destination; lowers
+            ``thread_count`` where it must.
+    """
+
+    OPTIONS = frozenset({"thread_count", "verify_digests", "max_inflight_bytes"})
+
+    def __init__(
+        self,
+        open_store: OpenStore,
+        checkpoint_id: CheckpointId | None = None,
+        *,
+        thread_count: int = 1,
+        verify_digests: bool = True,
+        max_inflight_bytes: int = 256 << 20,
+    ) -> None:
+        if thread_count < 1:
+            raise UsageError(f"thread_count is {thread_count}, but somebody has to read")
+        self._open_store = open_store
+        self._checkpoint_id = checkpoint_id
+        self._threads = max(1, min(thread_count, max_inflight_bytes // INFLIGHT_PER_THREAD))
+        self._verify_digests = verify_digests
+        self._store: ByteStore | None = None
+        self._files: CheckpointFiles | None = None
+        self._rank = 0
+
+    # What both faces share
+
+    @property
+    def takes_columns(self) -> bool:
+        return all(getattr(type(self), n) is getattr(ShardedReader, n) for n in _LIFE_CYCLE)
+
+    @property
+    def checkpoint(self) -> str:
+        if self._store is not None:
+            return self._store.url
+        return "" if self._checkpoint_id is None else os.fspath(self._checkpoint_id)
+
+    def open_checkpoint(
+        self, checkpoint_id: CheckpointId | None, expected: CommitRecord | None = None
+    ) -> tuple[Manifest, CommitRecord]:
+        require_little_endian()
+        self.close_checkpoint()
+        if checkpoint_id is not None:
+            self._checkpoint_id = checkpoint_id
+        if self._checkpoint_id is None:
+            raise UsageError(
+                f"{type(self).__name__} was told neither a path nor a checkpoint_id",
+                hint="pass checkpoint_id",
+            )
+        store = self._store = self._open_store(self._checkpoint_id)
+        manifest, record = read_manifest(store, expected=expected)
+        self._files = CheckpointFiles(store, manifest, verify_digests=self._verify_digests)
+        return manifest, record
+
+    def close_checkpoint(self) -> None:
+        self._files = None
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    def _opened(self, manifest: Manifest) -> CheckpointFiles:
+        files = self._files
+        if files is None or files.manifest is not manifest:
+            raise UsageError(
+                "this manifest is not that of the checkpoint that is open",
+                checkpoint=self.checkpoint,
+                hint="call open_checkpoint, and use the manifest that it returns",
+            )
+        return files
+
+    # Columns
+
+    def read_columns(
+        self,
+        manifest: Manifest,
+        plan: LoadColumns,
+        tensors: Sequence[torch.Tensor],
+        check: Check,
+    ) -> int:
+        files = self._opened(manifest)
+        wanted = wanted_of_columns(plan, tensors, checkpoint=files.store.url)
+        return read_wanted(files, checked(files, wanted), threads=self._threads, check=check)
+
+    def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
+        if stored.inline is not None:
+            return stored.inline
+        files = self._opened(manifest)
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        wanted = Wanted(
+            name=stored.name,
+            file=stored.file,
+            start=stored.start,
+            nbytes=stored.nbytes,
+            sizes=(stored.nbytes,),
+            within=(0,),
+            lengths=(stored.nbytes,),
+            tensor=data,
+            digests=None,
+        )
+        read_wanted(files, checked(files, [wanted]), threads=1, check=_nothing_to_check)
+        return data.numpy().tobytes()
+
+    def read_extra(self, manifest: Manifest, name: str) -> bytes:
+        files = self._opened(manifest)
+        try:
+            content = files.extra(extra_file_name(name))
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise UsageError(str(error), checkpoint=files.store.url) from error
+        if content is None:
+            known = [entry.name.removeprefix("extra/") for entry in manifest.extra_files]
+            raise NotFoundError(
+                f"the checkpoint has no extra file {name!r}; it has {known}",
+                checkpoint=files.store.url,
+                file=name,
+            )
+        return content
+
+    # Items: DCP's life cycle
+
+    def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
+        self.close_checkpoint()
+        if checkpoint_id is not None:
+            self._checkpoint_id = checkpoint_id
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        manifest, _ = self.open_checkpoint(None)
+        meta = StorageMeta(checkpoint_id=self.checkpoint, load_id=manifest.save_id)
+        return ManifestMetadata.of(manifest, meta)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Learn this rank's part; ``rank`` may come as a keyword."""
+        rank = kwargs.get("rank")
+        self._rank = 0 if rank is None else int(rank)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files = self._files
+        if files is None:
+            raise UsageError(
+                "no checkpoint is open", checkpoint=self.checkpoint, hint="call read_metadata"
+            )
+        manifest, url = files.manifest, files.store.url
+        items = want_items(plan.items, manifest, planner, rank=self._rank, checkpoint=url)
+        wanted = checked(files, wanted_of_items(items, checkpoint=url))
+        read_wanted(files, wanted, threads=self._threads, check=_nothing_to_check)
+        for want in items:
+            planner.commit_tensor(want.item, want.tensor)
+        load_objects(
+            plan.items,
+            manifest,
+            planner,
+            lambda stored: self.read_object(manifest, stored),
+            rank=self._rank,
+            checkpoint=url,
+        )
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
+        return isinstance(checkpoint_id, str | os.PathLike)

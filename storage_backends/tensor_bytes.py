@@ -1,0 +1,116 @@
+"""Tensors as bytes: views of their memory, and bounded copies where there is none to view.
+
+Belongs here: going from a strided tensor to the bytes of its row-major order and back. Does not
+belong here: files, digests and the order of chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dcp_engine.errors import StorageError
+
+__all__ = [
+    "box_of",
+    "contiguous_slices",
+    "copy_box",
+    "has_viewable_memory",
+    "memory_of",
+    "require_little_endian",
+]
+
+_PLAIN_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def require_little_endian() -> None:
+    """Raise ``StorageError(kind="unsupported_storage")`` on a machine whose numbers are not in
+    the file format's byte order: what is memory here is not what safetensors says it is."""
+    if sys.byteorder != "little":
+        raise StorageError(
+            "data files are little-endian, and tensors are written as they lie in memory; "
+            "this machine is big-endian",
+            kind="unsupported_storage",
+        )
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes; writable, not a copy, keeps it alive."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return memoryview(bytearray())
+    # From the address, because numpy and DLPack know fewer dtypes; 0.6 us, where a numpy view
+    # takes 1.7, which counts for 20,000 small tensors.
+    array = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    array.keeps_alive = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
+def has_viewable_memory(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor``'s bytes in row-major order lie in this process's memory as they are."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def box_of(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """The part of ``tensor`` that begins at ``offsets`` and has ``sizes``: a view. Entries beyond
+    the tensor's dimensions are padding."""
+    for d, extent in enumerate(tensor.shape):
+        if sizes[d] != extent:
+            tensor = tensor.narrow(d, offsets[d], sizes[d])
+    return tensor
+
+
+def contiguous_slices(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Contiguous CPU tensors that are ``tensor``'s elements in row-major order, each of at most
+    ``limit`` bytes (one element, if that is more). Views where possible, else copies, made one
+    by one as the caller asks for them."""
+    if has_viewable_memory(tensor):
+        yield tensor
+        return
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes <= limit or tensor.ndim == 0:
+        copy = tensor.detach().resolve_conj().resolve_neg()
+        yield copy.contiguous().cpu() if copy.device.type != "cpu" else copy.contiguous()
+        return
+    row = nbytes // tensor.shape[0]
+    if row > limit:
+        for part in tensor.unbind(0):
+            yield from contiguous_slices(part, limit)
+        return
+    for part in torch.split(tensor, limit // row, dim=0):
+        yield from contiguous_slices(part, limit)
+
+
+def copy_box(
+    scratch: torch.Tensor,
+    first: int,
+    strides: Sequence[int],
+    destination: torch.Tensor,
+) -> None:
+    """Copy bytes into ``destination``.
+
+    Args:
+        scratch: (n,) uint8, contiguous, CPU.
+        first: byte of ``scratch`` where the first element is; a multiple of the element size.
+        strides: of the stored array, in elements, one per dimension of ``destination``.
+        destination: any strides, any device.
+    """
+    itemsize = destination.element_size()
+    with torch.no_grad():
+        destination = destination.detach()
+        dtype = destination.dtype
+        if not (destination.is_conj() or destination.is_neg()) and itemsize in _PLAIN_DTYPES:
+            # Bits are copied as integers: several dtypes have no copy kernel of their own.
+            dtype = _PLAIN_DTYPES[itemsize]
+            destination = destination.view(dtype)
+        usable = (scratch.numel() - first) // itemsize * itemsize
+        elements = scratch[first : first + usable].view(dtype)
+        destination.copy_(elements.as_strided(tuple(destination.shape), tuple(strides)))

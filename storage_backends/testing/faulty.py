@@ -1,0 +1,242 @@
+"""``FaultyByteStore``: a store that fails where a test says.
+
+Belongs here: faults of bytes and calls. Does not belong here: faults of writers and readers
+(``faulty_writer``, ``faulty_reader``).
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange
+from storage_backends.os_errors import storage_error
+from storage_backends.testing.wrapping import WrappingByteStore
+
+__all__ = [
+    "Action",
+    "Fail",
+    "Fault",
+    "FaultyByteStore",
+    "FlipBit",
+    "Hang",
+    "LoseReply",
+    "ShortWrite",
+    "TornWrite",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Raise ``error`` instead of doing the call."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class LoseReply:
+    """Do the call, then raise ``error``: an acknowledgement that never came."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class ShortWrite:
+    """Write only the first ``nbytes`` bytes, and say that all was written."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TornWrite:
+    """Write only the first ``nbytes`` bytes, then raise ``error``."""
+
+    nbytes: int
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class FlipBit:
+    """Flip bit ``bit`` (counted from the call's first byte) of what is written or read."""
+
+    bit: int
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Wait until ``released`` is set, then do the call."""
+
+    released: threading.Event
+    entered: threading.Event | None = None
+    """Set when the call hangs."""
+
+
+Action = Fail | LoseReply | ShortWrite | TornWrite | FlipBit | Hang
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """When to do what.
+
+    ``operation`` is a method's name (``create``, ``write``, ``sync``, ``close``, ``abort`` of
+    files too) or ``"*"``; ``name`` a pattern (``fnmatch``) of the file's name; of the calls that
+    match, those from the ``nth`` (1 is the first) on fail, ``times`` of them (None: all).
+    """
+
+    operation: str
+    action: Action
+    name: str = "*"
+    nth: int = 1
+    times: int | None = 1
+
+
+class _Counted:
+    """A fault and how many calls have matched it."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.seen = 0
+
+    def is_due(self, operation: str, name: str) -> bool:
+        """Count the call if it matches; whether the fault acts on it."""
+        fault = self.fault
+        if fault.operation not in ("*", operation) or not fnmatch.fnmatch(name, fault.name):
+            return False
+        self.seen += 1
+        last = None if fault.times is None else fault.nth + fault.times
+        return self.seen >= fault.nth and (last is None or self.seen < last)
+
+
+class FaultyByteStore(WrappingByteStore):
+    """Wraps any store.
+
+    Args:
+        inner: the store.
+        faults: of those whose turn it is at a call, the first one acts.
+        capacity: bytes that may be written (by ``write`` and ``put``) before the medium is full:
+            the call that goes over it writes what fits, then raises ``disk_full``.
+    """
+
+    def __init__(
+        self, inner: ByteStore, faults: Sequence[Fault] = (), *, capacity: int | None = None
+    ) -> None:
+        super().__init__(inner)
+        self._lock = threading.Lock()
+        self._faults = [_Counted(fault) for fault in faults]
+        self._free = capacity
+        self.fired: list[tuple[Fault, str]] = []
+        """Every fault that acted, with the name of the file."""
+
+    def add(self, fault: Fault) -> None:
+        """One more fault, counted from now on."""
+        with self._lock:
+            self._faults.append(_Counted(fault))
+
+    def _next_action(self, operation: str, name: str) -> Action | None:
+        with self._lock:
+            due = [c.fault for c in self._faults if c.is_due(operation, name)]
+            if not due:
+                return None
+            self.fired.append((due[0], name))
+            return due[0].action
+
+    def around(self, operation: str, name: str, call: Callable[[], T]) -> T:
+        return _act(self._next_action(operation, name), call)
+
+    def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
+        action = self._next_action("put", name)
+        if isinstance(action, FlipBit):
+            data, action = bytes(_flipped(data, action.bit)), None
+        elif isinstance(action, ShortWrite):
+            data, action = data[: action.nbytes], None
+        elif isinstance(action, TornWrite):
+            # A small object appears whole or not at all, so a torn one does not appear.
+            action = Fail(action.error)
+        if self._take(len(data)) < len(data):
+            raise self._full(name)
+        _act(action, lambda: self.inner.put(name, data, if_absent=if_absent))
+
+    def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
+        action = self._next_action("read", name)
+        if not isinstance(action, FlipBit):
+            _act(action, lambda: self.inner.read(name, ranges))
+            return
+        self.inner.read(name, ranges)
+        position = action.bit // 8
+        for item in ranges:
+            if position < item.buffer.nbytes:
+                item.buffer[position] ^= 1 << (action.bit % 8)
+                return
+            position -= item.buffer.nbytes
+
+    def write_to(
+        self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
+    ) -> None:
+        action = self._next_action("write", name)
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        if isinstance(action, ShortWrite | TornWrite):
+            file.write(_first(buffers, action.nbytes), offset)
+            if isinstance(action, TornWrite):
+                raise action.error
+            return
+        if isinstance(action, FlipBit):
+            joined = _flipped(b"".join(buffers), action.bit)
+            buffers, action = [memoryview(joined)], None
+        room = self._take(nbytes)
+        if room < nbytes:
+            file.write(_first(buffers, room), offset)
+            raise self._full(name)
+        _act(action, lambda: file.write(buffers, offset))
+
+    def _take(self, nbytes: int) -> int:
+        """How many of ``nbytes`` still fit."""
+        with self._lock:
+            if self._free is None:
+                return nbytes
+            room = min(nbytes, self._free)
+            self._free -= room
+            return room
+
+    def _full(self, name: str) -> OSError:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return storage_error(full, "write the file", checkpoint=self.url, file=name)
+
+
+def _act(action: Action | None, call: Callable[[], T]) -> T:
+    """Faults that do not depend on bytes; one that does has no meaning for this call."""
+    if isinstance(action, Fail):
+        raise action.error
+    if isinstance(action, Hang):
+        if action.entered is not None:
+            action.entered.set()
+        action.released.wait()
+    elif action is not None and not isinstance(action, LoseReply):
+        raise TypeError(f"{type(action).__name__} cannot be applied to this operation")
+    result = call()
+    if isinstance(action, LoseReply):
+        raise action.error
+    return result
+
+
+def _flipped(data: bytes, bit: int) -> bytearray:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return changed
+
+
+def _first(buffers: Sequence[Buffer], nbytes: int) -> list[Buffer]:
+    """The first ``nbytes`` bytes of ``buffers``."""
+    taken: list[Buffer] = []
+    for buffer in buffers:
+        if nbytes <= 0:
+            break
+        taken.append(buffer[:nbytes])
+        nbytes -= buffer.nbytes
+    return taken

@@ -1,0 +1,316 @@
+"""Writers and readers that fail in a chosen method on chosen ranks, in the call or its future.
+
+Belongs here: the schedule (``CallFault``) and the four doubles. Does not belong here: faults of a
+medium (``faulty``).
+
+Each double wraps the real thing and passes every call on. The columnar ones have the column face
+as well, so that a saver treats them like the engine's own; ``faulty_writer`` and ``faulty_reader``
+pick by what they wrap.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.futures import Future
+
+from dcp_engine.format.manifest import Manifest, StoredObject
+from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.metadata import Metadata, StorageMeta
+from dcp_engine.native_storage import (
+    ColumnarReader,
+    ColumnarWriter,
+    CommitRecord,
+    RankReport,
+    SaveTicket,
+)
+from dcp_engine.plan import LoadPlan, SavePlan
+from dcp_engine.planner import LoadPlanner, SavePlanner
+from dcp_engine.planning.columns import GlobalPlan, LoadColumns, RankAssignment
+from dcp_engine.storage import Check, StorageReader, StorageWriter, WriteResult
+
+__all__ = [
+    "CallFault",
+    "FaultyColumnarReader",
+    "FaultyColumnarWriter",
+    "FaultyStorageReader",
+    "FaultyStorageWriter",
+    "faulty_reader",
+    "faulty_writer",
+]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFault:
+    """Raise ``error`` in ``method`` on ``ranks`` (None: all of them).
+
+    ``when``: ``"before"`` the real call, ``"after"`` it, or in the ``"future"`` that it returns
+    (``write_data`` and ``read_data``; the real call is made first).
+    """
+
+    method: str
+    error: BaseException
+    ranks: frozenset[int] | None = None
+    when: str = "before"
+    nth: int = 1
+
+
+class _Schedule:
+    """Counts calls per method and raises when a fault is due."""
+
+    def __init__(self, faults: Sequence[CallFault], rank: int) -> None:
+        self._faults = [f for f in faults if f.ranks is None or rank in f.ranks]
+        self._seen: dict[str, int] = {}
+        self.fired: list[CallFault] = []
+
+    def enter(self, method: str) -> CallFault | None:
+        """Raise what is due before ``method``; return what is due later in this call."""
+        self._seen[method] = self._seen.get(method, 0) + 1
+        for fault in self._faults:
+            if fault.method == method and fault.nth == self._seen[method]:
+                self.fired.append(fault)
+                if fault.when == "before":
+                    raise fault.error
+                return fault
+        return None
+
+    def call(self, method: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """``target.method(*args, **kwargs)``, failing when it is due."""
+        fault = self.enter(method)
+        result = getattr(target, method)(*args, **kwargs)
+        if fault is None:
+            return result
+        if fault.when == "future" and isinstance(result, Future):
+            result.wait()
+            failed: Future[Any] = Future()
+            failed.set_exception(fault.error)
+            return failed
+        raise fault.error
+
+
+class FaultyStorageWriter(StorageWriter):
+    """Wraps any ``StorageWriter``. ``rank`` is this process's rank."""
+
+    def __init__(self, inner: StorageWriter, faults: Sequence[CallFault], *, rank: int = 0) -> None:
+        self.inner = inner
+        self.schedule = _Schedule(faults, rank)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.schedule.call("reset", self.inner, checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.schedule.call("set_up_storage_writer", self.inner, is_coordinator, *args, **kwargs)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return _as(SavePlan, self.schedule.call("prepare_local_plan", self.inner, plan))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return _as(list, self.schedule.call("prepare_global_plan", self.inner, plans))
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        future: Future[list[WriteResult]] = self.schedule.call(
+            "write_data", self.inner, plan, planner
+        )
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.schedule.call("finish", self.inner, metadata, results)
+
+    def abort(self) -> None:
+        self.schedule.call("abort", self.inner)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def storage_meta(self) -> StorageMeta | None:
+        meta: StorageMeta | None = self.schedule.call("storage_meta", self.inner)
+        return meta
+
+
+class FaultyColumnarWriter(FaultyStorageWriter, ColumnarWriter):
+    """Wraps a ``ColumnarWriter``, both faces."""
+
+    inner: ColumnarWriter
+
+    def __init__(
+        self, inner: ColumnarWriter, faults: Sequence[CallFault], *, rank: int = 0
+    ) -> None:
+        super().__init__(inner, faults, rank=rank)
+
+    @property
+    def takes_columns(self) -> bool:
+        return self.inner.takes_columns
+
+    @property
+    def checkpoint(self) -> str:
+        return self.inner.checkpoint
+
+    def observe(self, checkpoint_id: str | os.PathLike[str] | None) -> str | None:
+        observed: str | None = self.schedule.call("observe", self.inner, checkpoint_id)
+        return observed
+
+    def begin_save(self, checkpoint_id: str | os.PathLike[str] | None, ticket: SaveTicket) -> None:
+        self.schedule.call("begin_save", self.inner, checkpoint_id, ticket)
+
+    def write_columns(
+        self,
+        assignment: RankAssignment,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        tensors: Sequence[torch.Tensor],
+        objects: Mapping[str, EncodedObject],
+        inline: frozenset[str],
+        check: Check,
+    ) -> RankReport:
+        return _as(
+            RankReport,
+            self.schedule.call(
+                "write_columns",
+                self.inner,
+                assignment,
+                names,
+                shapes,
+                tensors,
+                objects,
+                inline,
+                check,
+            ),
+        )
+
+    def commit_columns(
+        self, plan: GlobalPlan, reports: Sequence[RankReport], observed: str | None
+    ) -> CommitRecord:
+        return _as(
+            CommitRecord,
+            self.schedule.call("commit_columns", self.inner, plan, reports, observed),
+        )
+
+    def manifest_source(self, record: CommitRecord) -> Callable[[], Manifest]:
+        source: Callable[[], Manifest] = self.schedule.call("manifest_source", self.inner, record)
+        return source
+
+    def remove_replaced(self) -> None:
+        self.schedule.call("remove_replaced", self.inner)
+
+    def end_save(self) -> None:
+        self.schedule.call("end_save", self.inner)
+
+    def abort_save(self) -> None:
+        self.schedule.call("abort_save", self.inner)
+
+
+class FaultyStorageReader(StorageReader):
+    """Wraps any ``StorageReader``. ``rank`` is this process's rank."""
+
+    def __init__(self, inner: StorageReader, faults: Sequence[CallFault], *, rank: int = 0) -> None:
+        self.inner = inner
+        self.schedule = _Schedule(faults, rank)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.schedule.call("reset", self.inner, checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _as(Metadata, self.schedule.call("read_metadata", self.inner, *args, **kwargs))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self.schedule.call(
+            "set_up_storage_reader", self.inner, metadata, is_coordinator, *args, **kwargs
+        )
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return _as(LoadPlan, self.schedule.call("prepare_local_plan", self.inner, plan))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return _as(list, self.schedule.call("prepare_global_plan", self.inner, plans))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        future: Future[None] = self.schedule.call("read_data", self.inner, plan, planner)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
+    """Wraps a ``ColumnarReader``, both faces."""
+
+    inner: ColumnarReader
+
+    def __init__(
+        self, inner: ColumnarReader, faults: Sequence[CallFault], *, rank: int = 0
+    ) -> None:
+        super().__init__(inner, faults, rank=rank)
+
+    @property
+    def takes_columns(self) -> bool:
+        return self.inner.takes_columns
+
+    @property
+    def checkpoint(self) -> str:
+        return self.inner.checkpoint
+
+    def open_checkpoint(
+        self,
+        checkpoint_id: str | os.PathLike[str] | None,
+        expected: CommitRecord | None = None,
+    ) -> tuple[Manifest, CommitRecord]:
+        opened: tuple[Manifest, CommitRecord] = self.schedule.call(
+            "open_checkpoint", self.inner, checkpoint_id, expected
+        )
+        return opened
+
+    def read_columns(
+        self,
+        manifest: Manifest,
+        plan: LoadColumns,
+        tensors: Sequence[torch.Tensor],
+        check: Check,
+    ) -> int:
+        return _as(
+            int, self.schedule.call("read_columns", self.inner, manifest, plan, tensors, check)
+        )
+
+    def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
+        return _as(bytes, self.schedule.call("read_object", self.inner, manifest, stored))
+
+    def read_extra(self, manifest: Manifest, name: str) -> bytes:
+        return _as(bytes, self.schedule.call("read_extra", self.inner, manifest, name))
+
+    def close_checkpoint(self) -> None:
+        self.schedule.call("close_checkpoint", self.inner)
+
+
+def faulty_writer(
+    inner: StorageWriter, faults: Sequence[CallFault], *, rank: int = 0
+) -> FaultyStorageWriter:
+    """The double that has the faces of ``inner``."""
+    if isinstance(inner, ColumnarWriter):
+        return FaultyColumnarWriter(inner, faults, rank=rank)
+    return FaultyStorageWriter(inner, faults, rank=rank)
+
+
+def faulty_reader(
+    inner: StorageReader, faults: Sequence[CallFault], *, rank: int = 0
+) -> FaultyStorageReader:
+    """The double that has the faces of ``inner``."""
+    if isinstance(inner, ColumnarReader):
+        return FaultyColumnarReader(inner, faults, rank=rank)
+    return FaultyStorageReader(inner, faults, rank=rank)
+
+
+def _as(kind: type[T], value: object) -> T:
+    """``value``, which the wrapped object returned, checked for what the interface promises."""
+    if not isinstance(value, kind):
+        raise TypeError(f"the wrapped object returned {type(value).__name__}, not {kind.__name__}")
+    return value

@@ -1,0 +1,133 @@
+"""The tiling check against a count of every element."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcp_engine.errors import DamagedCheckpointError
+from dcp_engine.format.tiling import check_tiling
+
+SETTINGS = settings(max_examples=200, deadline=None)
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def columns(boxes: list[Box], ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.array([o for o, _ in boxes], np.int64).reshape(len(boxes), ndim)
+    return offsets, np.array([s for _, s in boxes], np.int64).reshape(len(boxes), ndim)
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape, cut into boxes by cutting boxes again and again (not only grids)."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
+    boxes: list[Box] = [(tuple(0 for _ in shape), shape)]
+    for _ in range(draw(st.integers(0, 6)) if shape else 0):
+        at = draw(st.integers(0, len(boxes) - 1))
+        dim = draw(st.integers(0, len(shape) - 1))
+        _, sizes = boxes[at]
+        if sizes[dim] < 2:
+            continue
+        cut = draw(st.integers(1, sizes[dim] - 1))
+
+        def part(begin: int, size: int, box: Box = boxes[at], dim: int = dim) -> Box:
+            offsets, sizes = list(box[0]), list(box[1])
+            offsets[dim] += begin
+            sizes[dim] = size
+            return tuple(offsets), tuple(sizes)
+
+        boxes[at : at + 1] = [part(0, cut), part(cut, sizes[dim] - cut)]
+    return shape, draw(st.permutations(boxes))
+
+
+@SETTINGS
+@given(tilings())
+def test_tilings_pass(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = case
+    check_tiling(shape, *columns(boxes, len(shape)), tensor="w")
+
+
+@SETTINGS
+@given(tilings(), st.data())
+def test_changed_tilings_pass_only_if_they_still_tile(
+    case: tuple[tuple[int, ...], list[Box]], data: st.DataObject
+) -> None:
+    shape, boxes = case
+    offsets, sizes = columns(boxes, len(shape))
+    for _ in range(data.draw(st.integers(1, 3)) if shape else 0):
+        row = data.draw(st.integers(0, len(boxes) - 1))
+        dim = data.draw(st.integers(0, len(shape) - 1))
+        sizes[row, dim] = data.draw(st.integers(0, shape[dim]))
+        offsets[row, dim] = data.draw(st.integers(0, shape[dim] - int(sizes[row, dim])))
+    counts = np.zeros(shape, np.int64)
+    for offset, size in zip(offsets, sizes, strict=True):
+        counts[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))] += 1
+    tiles = bool((counts == 1).all()) and bool((sizes > 0).all())
+    try:
+        check_tiling(shape, offsets, sizes, tensor="w")
+    except DamagedCheckpointError as error:
+        assert not tiles
+        assert error.kind in ("chunks_overlap", "manifest_invalid")
+        assert error.tensor == "w"
+    else:
+        assert tiles
+
+
+def test_a_pinwheel_tiles() -> None:
+    boxes = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1))]
+    boxes.append(((1, 1), (1, 1)))
+    check_tiling((3, 3), *columns(boxes, 2), tensor="w")
+    boxes[-1] = boxes[0]
+    with pytest.raises(DamagedCheckpointError):
+        check_tiling((3, 3), *columns(boxes, 2), tensor="w")
+
+
+def test_an_overlap_as_large_as_the_gap_is_an_overlap() -> None:
+    boxes = [((0,), (2,)), ((1,), (2,))]
+    with pytest.raises(DamagedCheckpointError) as caught:
+        check_tiling((4,), *columns(boxes, 1), tensor="w")
+    assert caught.value.kind == "chunks_overlap"
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (1 << 40, 1 << 40, 0)])
+def test_tensors_without_elements(shape: tuple[int, ...]) -> None:
+    nothing = np.empty((0, len(shape)), np.int64)
+    check_tiling(shape, nothing, nothing, tensor="w")
+    whole = np.array([shape], np.int64)
+    check_tiling(shape, np.zeros_like(whole), whole, tensor="w")
+    with pytest.raises(DamagedCheckpointError):
+        check_tiling(shape, np.zeros((2, len(shape)), np.int64), np.repeat(whole, 2, 0), tensor="w")
+
+
+def test_scalars() -> None:
+    one = np.empty((1, 0), np.int64)
+    check_tiling((), one, one, tensor="w")
+    for count in (0, 2):
+        several = np.empty((count, 0), np.int64)
+        with pytest.raises(DamagedCheckpointError):
+            check_tiling((), several, several, tensor="w")
+
+
+def test_many_dimensions_cost_no_more_than_their_number() -> None:
+    # A sweep over corners would look at 2**60 of them.
+    shape = (2,) * 60
+    offsets, sizes = [], []
+    for dim in range(60):
+        offsets.append([0] * dim + [1] + [0] * (59 - dim))
+        sizes.append([1] * dim + [1] + [2] * (59 - dim))
+    offsets.append([0] * 60)
+    sizes.append([1] * 60)
+    check_tiling(shape, np.array(offsets), np.array(sizes), tensor="w")
+    sizes[3] = sizes[4]
+    with pytest.raises(DamagedCheckpointError):
+        check_tiling(shape, np.array(offsets), np.array(sizes), tensor="w")
+
+
+def test_sums_beyond_64_bits_do_not_wrap() -> None:
+    shape = (1 << 60,)
+    sizes = np.full((17, 1), 1 << 60)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        check_tiling(shape, np.zeros_like(sizes), sizes, tensor="w")
+    assert caught.value.kind == "chunks_overlap"

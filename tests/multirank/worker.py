@@ -1,0 +1,142 @@
+"""What runs in a rank process of the pool: one case after the other."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import reduce
+from multiprocessing import connection
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One function to run, and the process group to run it in."""
+
+    number: int
+    world_size: int
+    module: str
+    function: str
+    arguments: bytes
+    port: int
+    host_in_rank: int | None
+    backend: str
+    timeout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What became of a case on one rank."""
+
+    value: Any
+    problem: str = ""
+    """The traceback, or how the process was lost."""
+    usable: bool = False
+    """Whether the process can run another case."""
+
+
+def serve(pipe: Any, log: str) -> None:
+    """The life of a rank process. It ends with its parent, even if it is stopped."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+    import torch
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    kept: list[Any] = []
+    pipe.send("ready")
+    while True:
+        try:
+            case, rank = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        kept.clear()  # a store that this rank hosted for the others
+        reply = _run(case, rank, kept)
+        try:
+            data = connection._ForkingPickler.dumps(reply)  # type: ignore[attr-defined]
+        except Exception:
+            reply = Reply(value=None, problem=traceback.format_exc(), usable=True)
+            data = connection._ForkingPickler.dumps(reply)  # type: ignore[attr-defined]
+        pipe.send_bytes(data)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _run(case: Case, rank: int, kept: list[Any]) -> Reply:
+    try:
+        _join(case, rank, kept)
+        try:
+            function = reduce(
+                getattr, case.function.split("."), importlib.import_module(case.module)
+            )
+            args, kwargs = pickle.loads(case.arguments)
+            return Reply(value=function(*args, **kwargs), usable=True)
+        finally:
+            _leave()
+    except BaseException:
+        return Reply(value=None, problem=traceback.format_exc(), usable=True)
+
+
+def _join(case: Case, rank: int, kept: list[Any]) -> None:
+    import torch.distributed as dist
+
+    if case.backend == "fake":
+        importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    timeout = timedelta(seconds=case.timeout)
+    base = dist.TCPStore(
+        "localhost", case.port, None, False, timeout=timeout, wait_for_workers=False
+    )
+    store: Any = dist.PrefixStore(f"case{case.number}", base)
+    if case.host_in_rank is not None:
+        if rank == case.host_in_rank:
+            base = dist.TCPStore(
+                "localhost", 0, None, True, timeout=timeout, wait_for_workers=False
+            )
+            store.set("port", str(base.port))
+            kept.append(base)
+        else:
+            base = dist.TCPStore(
+                "localhost", int(store.get("port")), None, False, timeout=timeout
+            )
+        store = base
+    dist.init_process_group(
+        case.backend, store=store, rank=rank, world_size=case.world_size, timeout=timeout
+    )
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Cached shardings hold the meshes, and so the groups, of this case.
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()  # type: ignore[attr-defined]
+    gc.collect()
