@@ -167,6 +167,12 @@ class ColumnarWriter(StorageWriter):
     def abort_save(self) -> None:
         """The save failed and is provably not committed: remove what this rank wrote."""
 
+    @abc.abstractmethod
+    def leave_in_doubt(self) -> None:
+        """Whether the save was committed is not known: delete nothing, and leave word (on the
+        coordinator, whose attempt to commit is over) that what the manifest does not name may be
+        removed by the next save."""
+
 
 class ColumnarReader(StorageReader):
     """Order of calls: ``open_checkpoint``, ``read_columns`` and ``read_object`` any number of

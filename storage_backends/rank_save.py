@@ -296,6 +296,13 @@ class RankSave:
             store.put(owner, owner_record(self.ticket.identity, given_up=True))
         self._written.clear()
 
+    def leave_in_doubt(self) -> None:
+        """Delete nothing. On the coordinator, whose attempt to commit is over whatever became of
+        it, mark the data as given up: the manifest tells the next save whether it counts."""
+        owner = f"{self._directory}/{OWNER_NAME}"
+        if self._is_coordinator and owner in self._written:
+            self.store.put(owner, owner_record(self.ticket.identity, given_up=True))
+
 
 def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:
     """Remove a data directory's files, the owner record last: a clean-up that is interrupted

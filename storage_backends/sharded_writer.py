@@ -211,6 +211,14 @@ class ShardedWriter(ColumnarWriter):
         finally:
             self._end()
 
+    def leave_in_doubt(self) -> None:
+        save = self._save
+        try:
+            if save is not None:
+                save.leave_in_doubt()
+        finally:
+            self._end()
+
     # Items: DCP's life cycle
 
     def reset(self, checkpoint_id: CheckpointId | None = None) -> None:

@@ -122,7 +122,9 @@ class ParticipantRole(Role):
         if tally.failures > 0:
             self.alarm.set()
             self._await_outcome = True
-        self._next_event = tally.events + 1
+        # The coordinator publishes an event before it counts it: a rank that took the verdict of
+        # the last step at once may find it not counted yet, and must not take it again.
+        self._next_event = max(self._next_event, tally.events + 1)
 
     def _wait_for_event(self) -> None:
         limits = [_NEVER]
@@ -154,7 +156,7 @@ class ParticipantRole(Role):
             self.alarm.set()
             self._await_outcome = True
             self._waiting_since = self.clock.now()
-        elif event.kind == "verdict":
+        elif event.kind == "verdict" and event.step == self.step:
             answer = b""
             if event.has_answers:
                 self._had_answer = True

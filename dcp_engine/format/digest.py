@@ -166,9 +166,7 @@ def encode_digests(
         raise ValueError(f"{len(joined)} block digests for chunks of {expected} blocks")
     return b"".join(
         (
-            _HEADER.pack(
-                _MAGIC, DIGEST_VERSION, block_size, len(headers), len(order), len(joined)
-            ),
+            _HEADER.pack(_MAGIC, DIGEST_VERSION, block_size, len(headers), len(order), len(joined)),
             np.array([digest for _, digest in headers], "<u8").tobytes(),
             start[order].astype("<u8").tobytes(),
             nbytes[order].astype("<u8").tobytes(),
@@ -251,6 +249,4 @@ def _check_order(table: DigestTable) -> None:
 
 
 def _invalid(what: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"the digest file is invalid: {what}", kind="digest_mismatch"
-    )
+    return DamagedCheckpointError(f"the digest file is invalid: {what}", kind="digest_mismatch")

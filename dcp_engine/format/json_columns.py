@@ -11,7 +11,7 @@ what a column expands to is bounded by the bytes that were read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -25,6 +25,7 @@ __all__ = [
     "check_range",
     "decode_as",
     "encode_column",
+    "encode_fields",
     "encode_list",
     "expand_column",
     "object_fields",
@@ -63,7 +64,7 @@ def read(what: str, decode: Callable[[], T]) -> T:
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def object_fields(data: bytes | msgspec.Raw, what: str) -> dict[str, msgspec.Raw]:
+def object_fields(data: bytes | memoryview | msgspec.Raw, what: str) -> dict[str, msgspec.Raw]:
     """The fields of a JSON object, undecoded. Refuses an object that holds a key twice, or white
     space between its keys and values, of which the format has none.
 
@@ -77,6 +78,11 @@ def object_fields(data: bytes | msgspec.Raw, what: str) -> dict[str, msgspec.Raw
     if length != len(memoryview(data)):
         refuse(f"{what}: a key is there twice, or white space is")
     return fields
+
+
+def encode_fields(fields: Mapping[str, bytes]) -> bytes:
+    """A JSON object of encoded values; keys are plain ASCII."""
+    return b"{" + b",".join(b'"%b":%b' % (k.encode(), v) for k, v in fields.items()) + b"}"
 
 
 def encode_list(values: I64 | npt.NDArray[np.int32]) -> bytes:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from dcp_engine.errors import (
     CheckpointError,
@@ -22,21 +21,19 @@ from dcp_engine.errors import (
     UsageError,
 )
 from dcp_engine.format.digest import check_block_size, xxh3_128_hex
-from dcp_engine.format.json_columns import (
-    Column,
-    decode_as,
-    encode_column,
-    encode_list,
-    expand_column,
-    object_fields,
-    refuse,
+from dcp_engine.format.file_tables import (
+    decode_data_files,
+    decode_digest_files,
+    decode_extra_files,
+    encode_data_files,
+    encode_digest_files,
+    encode_extra_files,
 )
+from dcp_engine.format.json_columns import decode_as, encode_fields, object_fields, refuse
 from dcp_engine.format.lazy_maps import make_object_maps, make_tensor_maps
-from dcp_engine.format.names import MAX_RANKS, check_extra_name, is_save_id
+from dcp_engine.format.names import MAX_RANKS, is_save_id
 from dcp_engine.format.nesting import Nesting
-from dcp_engine.format.shard_file import DATA_ALIGNMENT
 from dcp_engine.format.stored import (
-    MAX_BYTES,
     DataFile,
     DigestFile,
     ExtraFile,
@@ -63,7 +60,6 @@ _encoder = msgspec.json.Encoder()
 _HEAD = re.compile(rb'\{"format":"dcp_engine","version":"([0-9]{1,9})\.([0-9]{1,9})"[,}]')
 _TAIL = re.compile(rb',"manifest_xxh3_128":"([0-9a-f]{32})"\}\n')
 _TAIL_BYTES = len(b',"manifest_xxh3_128":""}\n') + 32
-_HEX_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 def encode_manifest(
@@ -101,37 +97,14 @@ def encode_manifest(
     if token is not None:
         fields["token"] = _encoder.encode(token)
         fields["rank"] = _encoder.encode(rank)
-    fields["data_files"] = _object(
-        {
-            "rank": encode_column(np.array([f.rank for f in data_files], np.int64)),
-            "number": encode_column(np.array([f.number for f in data_files], np.int64)),
-            "data_start": encode_column(np.array([f.data_start for f in data_files], np.int64)),
-            "size": encode_list(np.array([f.size for f in data_files], np.int64)),
-        }
-    )
-    fields["digest_files"] = _object(
-        {
-            "rank": encode_column(np.array([f.rank for f in digest_files], np.int64)),
-            "size": encode_list(np.array([f.size for f in digest_files], np.int64)),
-            "xxh3_128": _encoder.encode([f.xxh3_128 for f in digest_files]),
-        }
-    )
-    fields["extra_files"] = _object(
-        {
-            "name": _encoder.encode([f.name for f in extra_files]),
-            "size": encode_list(np.array([f.size for f in extra_files], np.int64)),
-            "xxh3_128": _encoder.encode([f.xxh3_128 for f in extra_files]),
-        }
-    )
+    fields["data_files"] = encode_data_files(data_files)
+    fields["digest_files"] = encode_digest_files(digest_files)
+    fields["extra_files"] = encode_extra_files(extra_files)
     fields["tensors"] = tensors.data
     fields["objects"] = _encoder.encode([_object_record(entry) for entry in objects])
     fields["nesting"] = nesting
-    body = _object(fields)[:-1]
+    body = encode_fields(fields)[:-1]
     return body + b',"manifest_xxh3_128":"%b"}\n' % xxh3_128_hex(body).encode()
-
-
-def _object(fields: Mapping[str, bytes]) -> bytes:
-    return b"{" + b",".join(b'"%b":%b' % (k.encode(), v) for k, v in fields.items()) + b"}"
 
 
 def _object_record(entry: StoredObject) -> list[object]:
@@ -180,7 +153,7 @@ def decode_manifest(data: bytes, *, checkpoint: object | None = None) -> Manifes
 
 def _decode(data: bytes) -> Manifest:
     version = _check_frame(data)
-    fields = object_fields(data[:-1], "top level")
+    fields = object_fields(memoryview(data)[:-1], "top level")
     missing = _REQUIRED - fields.keys()
     if missing:
         refuse(f"field {min(missing)!r} is missing")
@@ -197,8 +170,8 @@ def _decode(data: bytes) -> Manifest:
     if not check_block_size(block_size):
         refuse(f"block_size: {block_size}")
     token, rank = _read_token(fields, world_size)
-    data_files = _read_data_files(fields["data_files"], world_size)
-    digest_files = _read_digest_files(fields["digest_files"], world_size)
+    data_files = decode_data_files(fields["data_files"], world_size)
+    digest_files = decode_digest_files(fields["digest_files"], world_size)
     ranks = {f.rank for f in data_files} | {f.rank for f in digest_files}
     if rank is not None and not ranks <= {rank}:
         refuse(f"rank {rank} names files of another rank")
@@ -230,7 +203,7 @@ def _decode(data: bytes) -> Manifest:
         nesting=Nesting(bytes(fields["nesting"])),
         data_files=data_files,
         digest_files=digest_files,
-        extra_files=_read_extra_files(fields["extra_files"]),
+        extra_files=decode_extra_files(fields["extra_files"]),
     )
 
 
@@ -284,94 +257,6 @@ def _read_token(
     return token, rank
 
 
-def _read_data_files(data: msgspec.Raw, world_size: int) -> tuple[DataFile, ...]:
-    fields = _section(data, "data_files", ("rank", "number", "data_start", "size"))
-    sizes = decode_as(list[int], fields["size"], "data_files.size")
-    count = len(sizes)
-
-    def column(name: str, limit: int) -> list[int]:
-        values = decode_as(Column, fields[name], f"data_files.{name}")
-        expanded: list[int] = expand_column(values, count, limit, f"data_files.{name}").tolist()
-        return expanded
-
-    expand_column(sizes, count, MAX_BYTES + 1, "data_files.size")
-    files = tuple(
-        DataFile(rank=rank, number=number, data_start=data_start, size=size)
-        for rank, number, data_start, size in zip(
-            column("rank", world_size),
-            column("number", MAX_RANKS),
-            column("data_start", MAX_BYTES + 1),
-            sizes,
-            strict=True,
-        )
-    )
-    if len({(f.rank, f.number) for f in files}) != count:
-        refuse("data_files: a file is there twice")
-    for file in files:
-        if not DATA_ALIGNMENT <= file.data_start <= file.size or file.data_start % DATA_ALIGNMENT:
-            raise DamagedCheckpointError(
-                f"the manifest is invalid: {file.size} bytes with data from {file.data_start}",
-                file=file.name,
-            )
-    return files
-
-
-def _read_digest_files(data: msgspec.Raw, world_size: int) -> tuple[DigestFile, ...]:
-    fields = _section(data, "digest_files", ("rank", "size", "xxh3_128"))
-    sizes = decode_as(list[int], fields["size"], "digest_files.size")
-    digests = _read_hex(fields["xxh3_128"], len(sizes), "digest_files.xxh3_128")
-    expand_column(sizes, len(sizes), MAX_BYTES + 1, "digest_files.size")
-    ranks = expand_column(
-        decode_as(Column, fields["rank"], "digest_files.rank"),
-        len(sizes),
-        world_size,
-        "digest_files.rank",
-    ).tolist()
-    if len(set(ranks)) != len(ranks):
-        refuse("digest_files: a rank is there twice")
-    return tuple(
-        DigestFile(rank=rank, size=size, xxh3_128=digest)
-        for rank, size, digest in zip(ranks, sizes, digests, strict=True)
-    )
-
-
-def _read_extra_files(data: msgspec.Raw) -> tuple[ExtraFile, ...]:
-    fields = _section(data, "extra_files", ("name", "size", "xxh3_128"))
-    names = decode_as(list[str], fields["name"], "extra_files.name")
-    sizes = decode_as(list[int], fields["size"], "extra_files.size")
-    expand_column(sizes, len(names), MAX_BYTES + 1, "extra_files.size")
-    digests = _read_hex(fields["xxh3_128"], len(names), "extra_files.xxh3_128")
-    if len(set(names)) != len(names):
-        refuse("extra_files: a file is there twice")
-    for name in names:
-        reason = check_extra_name(name)
-        if reason is not None:
-            raise DamagedCheckpointError(
-                f"the manifest names an extra file {name[:200]!r}, which {reason}",
-                kind="unsafe_path",
-                hint="do not trust this checkpoint: its writer never makes such names",
-            )
-    return tuple(
-        ExtraFile(name=name, size=size, xxh3_128=digest)
-        for name, size, digest in zip(names, sizes, digests, strict=True)
-    )
-
-
-def _section(data: msgspec.Raw, what: str, required: Iterable[str]) -> dict[str, msgspec.Raw]:
-    fields = object_fields(data, what)
-    for name in required:
-        if name not in fields:
-            refuse(f"{what}: field {name!r} is missing")
-    return fields
-
-
-def _read_hex(data: msgspec.Raw, count: int, what: str) -> list[str]:
-    digests: list[str] = decode_as(list[str], data, what)
-    if len(digests) != count or not all(map(_HEX_DIGEST.fullmatch, digests)):
-        refuse(f"{what}: not {count} digests of 32 hexadecimal digits")
-    return digests
-
-
 def _read_objects(data: msgspec.Raw, files: Sequence[DataFile]) -> list[StoredObject]:
     records: list[_ObjectRecord] = decode_as(list[_ObjectRecord], data, "objects")
     entries = []
@@ -421,7 +306,5 @@ def _read_user_metadata(data: msgspec.Raw) -> Mapping[str, object]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise DamagedCheckpointError(
-            f"the manifest is invalid: user_metadata: {error}"
-        ) from error
+        raise DamagedCheckpointError(f"the manifest is invalid: user_metadata: {error}") from error
     return values

@@ -141,8 +141,6 @@ def _describe(tensor: StoredTensor) -> TensorStorageMetadata:
         size=torch.Size(tensor.shape),
         chunks=[
             ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            for offsets, sizes in zip(
-                chunks.offsets.tolist(), chunks.sizes.tolist(), strict=True
-            )
+            for offsets, sizes in zip(chunks.offsets.tolist(), chunks.sizes.tolist(), strict=True)
         ],
     )

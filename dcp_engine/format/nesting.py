@@ -299,4 +299,3 @@ def _diverge(fqn: str, one: int, here: object, other: int, there: object) -> Non
         tensor=fqn,
         rank=other,
     )
-

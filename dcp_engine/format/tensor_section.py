@@ -20,12 +20,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dcp_engine.errors import UnsupportedStateError
+from dcp_engine.errors import InvalidPlanError, UnsupportedStateError
 from dcp_engine.format.dtypes import DTypeInfo, by_name, info
 from dcp_engine.format.json_columns import (
     Column,
     decode_as,
     encode_column,
+    encode_fields,
     encode_list,
     expand_column,
     object_fields,
@@ -82,17 +83,19 @@ def encode_tensor_section(
     ``aliases`` (K,) row of the tensor that holds the data, or negative; ``chunk_tensor`` (C,)
     ascending, ``chunk_offsets`` and ``chunk_sizes`` (C, D) padded with 0 and 1, ``chunk_file``
     (C,) row of the data files, ``chunk_start`` (C,) relative to the file's data section.
-    Raises ``UnsupportedStateError`` for names that are not valid UTF-8.
+    Raises ``UnsupportedStateError`` for names that are not valid UTF-8 and for more chunks than
+    ``MAX_CHUNK_CELLS`` allows, ``InvalidPlanError`` for aliases that a reader would refuse.
     """
+    _check_plan(names, dtypes, ndims, shapes, owners, aliases, chunk_tensor)
     counts = np.bincount(chunk_tensor, minlength=len(names))
     ends = np.cumsum(counts)
     begins = ends - counts
     # Whole: one chunk that is the tensor. Looked at for all tensors at once.
     single = np.flatnonzero(counts == 1)
     only = begins[single]
-    is_whole = (chunk_offsets[only] == 0).all(axis=1) & (
-        chunk_sizes[only] == shapes[single]
-    ).all(axis=1)
+    is_whole = (chunk_offsets[only] == 0).all(axis=1) & (chunk_sizes[only] == shapes[single]).all(
+        axis=1
+    )
     whole_chunks = only[is_whole]
     in_table = aliases < 0
     in_table[single[is_whole]] = False
@@ -121,8 +124,42 @@ def encode_tensor_section(
         "table_rows": encode_list(table_rows),
         "tables": b"[" + b",".join(tables) + b"]",
     }
-    data = b"{" + b",".join(b'"%b":%b' % (k.encode(), v) for k, v in fields.items()) + b"}"
-    return TensorSection(data, len(chunk_tensor))
+    return TensorSection(encode_fields(fields), len(chunk_tensor))
+
+
+def _check_plan(
+    names: Sequence[str],
+    dtypes: U8,
+    ndims: U8,
+    shapes: I64,
+    owners: I32,
+    aliases: I32,
+    chunk_tensor: I32,
+) -> None:
+    """What a reader would refuse is refused here, before it is a checkpoint."""
+    if (np.diff(chunk_tensor) < 0).any():
+        raise InvalidPlanError("chunks are not sorted by tensor")
+    counts = np.bincount(chunk_tensor, minlength=len(names))
+    too_many = np.flatnonzero(counts * np.maximum(ndims, 1) > MAX_CHUNK_CELLS)
+    if len(too_many):
+        raise UnsupportedStateError(
+            f"{counts[too_many[0]]} chunks are too many", tensor=names[too_many[0]]
+        )
+    rows = np.flatnonzero(aliases >= 0)
+    source = aliases[rows]
+    wrong = (
+        (counts[rows] > 0)
+        | (aliases[source] >= 0)
+        | (dtypes[source] != dtypes[rows])
+        | (ndims[source] != ndims[rows])
+        | (owners[source] != owners[rows])
+        | (shapes[source] != shapes[rows]).any(axis=1)
+    )
+    if wrong.any():
+        raise InvalidPlanError(
+            "it is an alias of an alias or of another kind of tensor, or has chunks of its own",
+            tensor=names[int(rows[np.argmax(wrong)])],
+        )
 
 
 def _encode_names(names: Sequence[str]) -> bytes:

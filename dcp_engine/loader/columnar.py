@@ -67,9 +67,9 @@ def load_columns(
         return local
 
     def open_manifest() -> bytes:
+        reader.reset(checkpoint_id)
         if not operation.is_coordinator:
             return b""
-        reader.reset(checkpoint_id)
         manifest, record = reader.open_checkpoint(checkpoint_id)
         opened.append(manifest)
         return msgspec.msgpack.encode(record)

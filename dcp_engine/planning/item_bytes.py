@@ -2,8 +2,11 @@
 
 Planners written for torch's DCP call ``torch.load`` on these bytes, so they are what
 ``torch.save`` makes wherever its safe reader (``weights_only=True``) can read that back. Values
-for which it cannot, but which have a tagged encoding, are framed: ``MAGIC``, then the encoding.
-What is left is a pickle, read only by whoever allows it. No pickle begins like ``MAGIC``.
+for which it cannot, but which have a tagged encoding, are that encoding: its first byte, the
+version, tells it from a zip file. What is left is a pickle, read only by whoever allows it.
+
+Belongs here: that choice, and the way between these bytes and stored objects. Does not belong
+here: the encodings themselves (``format.object_codec``).
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import torch
 
 from dcp_engine.errors import UnsafeContentError
 from dcp_engine.format.object_codec import EncodedObject, decode_object, encode_object
+from dcp_engine.format.tagged import ENCODING_VERSION
 
-__all__ = ["MAGIC", "from_item_bytes", "item_bytes", "read_item_bytes", "to_item_bytes"]
+__all__ = ["from_item_bytes", "item_bytes", "read_item_bytes", "to_item_bytes"]
 
-MAGIC = b"\x93dcp_engine.object\x01\n"
+_TAGGED = bytes([ENCODING_VERSION])
 
 
 def item_bytes(value: object, *, fqn: str) -> io.BytesIO:
@@ -35,7 +39,7 @@ def item_bytes(value: object, *, fqn: str) -> io.BytesIO:
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
-        return io.BytesIO(MAGIC + encoded.data)
+        return io.BytesIO(encoded.data)
     buffer.seek(0)
     return buffer
 
@@ -46,10 +50,7 @@ def read_item_bytes(data: io.BytesIO, *, fqn: str, allow_pickle: bool = False) -
     Raises ``UnsafeContentError(kind="pickle_refused")`` for a pickle that would run code, unless
     ``allow_pickle``; ``DamagedCheckpointError(kind="object_invalid")`` for what is neither.
     """
-    encoded = from_item_bytes(raw := data.read())
-    if raw[: len(_TAGGED)] == _TAGGED:
-        # The engine's own encoding without a frame: from a reader that hands out stored bytes.
-        encoded = EncodedObject(raw, pickled=False)
+    encoded = from_item_bytes(data.read())
     try:
         return decode_object(encoded.data, encoded.pickled, fqn=fqn, allow_pickle=allow_pickle)
     except UnsafeContentError as error:
@@ -62,14 +63,13 @@ def read_item_bytes(data: io.BytesIO, *, fqn: str, allow_pickle: bool = False) -
 
 def from_item_bytes(data: bytes) -> EncodedObject:
     """An item's bytes as the engine's format stores them. Bytes that a planner made up itself
-    count as pickled: they come back to its ``load_bytes`` unchanged, and nobody else reads them."""
-    if data.startswith(MAGIC):
-        return EncodedObject(data[len(MAGIC) :], pickled=False)
-    return EncodedObject(data, pickled=True)
+    count as pickled: its own ``load_bytes`` gets them back unchanged, and nobody else can read
+    them anyway."""
+    return EncodedObject(data, pickled=not data.startswith(_TAGGED))
 
 
-def to_item_bytes(encoded: EncodedObject, *, fqn: str) -> io.BytesIO:
-    """The inverse of ``from_item_bytes``, for an object that either kind of planner stored."""
-    if encoded.pickled:
-        return io.BytesIO(encoded.data)
-    return item_bytes(decode_object(encoded.data, False, fqn=fqn), fqn=fqn)
+def to_item_bytes(stored: EncodedObject, *, fqn: str) -> io.BytesIO:
+    """What a planner's ``load_bytes`` gets for ``stored``, whichever kind of planner saved it."""
+    if stored.pickled or not stored.data.startswith(_TAGGED):
+        return io.BytesIO(stored.data)
+    return item_bytes(decode_object(stored.data, False, fqn=fqn), fqn=fqn)

@@ -90,6 +90,13 @@ def merge_items(
             fqn, data = item.index.fqn, item.tensor_data
             known = entries.get(fqn)
             first = first_rank.setdefault(fqn, rank)
+            if known is not None and (data is None) != isinstance(known, BytesStorageMetadata):
+                raise InvalidPlanError(
+                    f"{'a tensor' if data is None else 'an object'} on rank {first}, and "
+                    f"{'an object' if data is None else 'a tensor'} on rank {rank}",
+                    tensor=fqn,
+                    hint="save one value everywhere, or use different keys",
+                )
             if known is not None and item.type is not WriteItemType.SHARD:
                 raise InvalidPlanError(
                     f"a whole value is written by rank {first} and by rank {rank}",
@@ -101,15 +108,18 @@ def merge_items(
                 entries[fqn] = BytesStorageMetadata()
                 items.append(item)
                 continue
-            if known is None:
+            if not isinstance(known, TensorStorageMetadata):
                 known = entries[fqn] = TensorStorageMetadata(
                     properties=data.properties, size=data.size, chunks=[]
                 )
-            if not isinstance(known, TensorStorageMetadata) or (
-                tuple(known.size) != tuple(data.size)
-                or known.properties.dtype != data.properties.dtype
-            ):
-                raise _diverging(fqn, known, first, data.size, data.properties.dtype, [rank])
+            before = (tuple(known.size), known.properties.dtype)
+            if before != (tuple(data.size), data.properties.dtype):
+                raise InvalidPlanError(
+                    f"ranks disagree about the tensor: {before[1]} {list(before[0])} on rank "
+                    f"{first}; {data.properties.dtype} {list(data.size)} on rank {rank}",
+                    tensor=fqn,
+                    hint="save one value everywhere, or use different keys",
+                )
             if rewrite_index_hints:
                 hint = MetadataIndex(fqn, item.index.offset, len(known.chunks))
                 item = replace(item, index=hint)
@@ -195,18 +205,3 @@ def _check_same(known: WriteItem, item: WriteItem, ranks: list[int], rank: int) 
             tensor=item.index.fqn,
             hint="save one value everywhere, or use different keys",
         )
-
-
-def _diverging(
-    fqn: str, known: STORAGE_TYPES, first: int, size: object, dtype: object, ranks: list[int]
-) -> InvalidPlanError:
-    before = (
-        f"{known.properties.dtype} {list(known.size)}"
-        if isinstance(known, TensorStorageMetadata)
-        else "an object"
-    )
-    return InvalidPlanError(
-        f"ranks disagree about {fqn!r}: {before} on rank {first}; {dtype} {list(size)} "  # type: ignore[call-overload]
-        f"on {format_ranks(ranks)}",
-        tensor=fqn,
-    )

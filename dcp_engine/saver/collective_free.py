@@ -69,7 +69,13 @@ def save_collective_free(
     try:
         common, _ = operation.step("write", write, publish)
     except BaseException as error:
-        settle_failure(operation, error, writer.abort_save, checkpoint=writer.checkpoint)
+        settle_failure(
+                operation,
+                error,
+                abort=writer.abort_save,
+                leave_in_doubt=writer.leave_in_doubt,
+                checkpoint=writer.checkpoint,
+            )
         raise
     writer.end_save()
     record = msgspec.msgpack.decode(common, type=CommitRecord)

@@ -229,7 +229,13 @@ class _ColumnarSave:
         try:
             common, _ = operation.step("write", local, decide, decide_phase="commit")
         except BaseException as error:
-            settle_failure(operation, error, writer.abort_save, checkpoint=writer.checkpoint)
+            settle_failure(
+                operation,
+                error,
+                abort=writer.abort_save,
+                leave_in_doubt=writer.leave_in_doubt,
+                checkpoint=writer.checkpoint,
+            )
             raise
         if operation.is_coordinator:
             writer.remove_replaced()

@@ -99,10 +99,20 @@ def save_items(
         _, own = operation.step("plan", local_plan, global_plan)
         common, _ = operation.step("write", write, finish, decide_phase="commit")
     except BaseException as error:
-        settle_failure(operation, error, writer.abort, checkpoint=checkpoint)
+        settle_failure(
+            operation,
+            error,
+            abort=writer.abort,
+            leave_in_doubt=writer.leave_in_doubt if isinstance(writer, ColumnarWriter) else _nothing,
+            checkpoint=checkpoint,
+        )
         raise
     metadata: Metadata = pickle.loads(common)
     return metadata
+
+
+def _nothing() -> None:
+    """A writer of another origin has no way to leave word; it is left alone."""
 
 
 def _compare_with_plan(

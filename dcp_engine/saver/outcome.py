@@ -50,16 +50,18 @@ def commit_once(operation: Operation, commit: Callable[[], T]) -> T:
 def settle_failure(
     operation: Operation,
     error: BaseException,
-    abort: Callable[[], None],
     *,
+    abort: Callable[[], None],
+    leave_in_doubt: Callable[[], None],
     checkpoint: str,
 ) -> None:
-    """After a failed ``write``: remove what was written if the save is provably not committed.
+    """After a failed save: ``abort`` removes what was written if it is provably not committed.
 
     Raises ``CheckpointException(kind="commit_in_doubt")`` when that cannot be known, in which
     case nothing is deleted. Returns otherwise; the caller raises ``error`` on.
     """
     if _in_doubt(operation, error):
+        _tidy(leave_in_doubt, checkpoint)
         if isinstance(error, CheckpointException) and error.kind == "commit_in_doubt":
             return
         failures = error.failures if isinstance(error, CheckpointException) else {}
@@ -70,12 +72,16 @@ def settle_failure(
             checkpoint=checkpoint,
             hint="nothing was deleted; the next save, load or prune decides by the manifest",
         ) from error
+    _tidy(abort, checkpoint)
+
+
+def _tidy(action: Callable[[], None], checkpoint: str) -> None:
     try:
-        abort()
+        action()
     except Exception:
         # The save has failed already and its cause matters more; what remains is garbage that
         # owner.json identifies, and the next save or prune removes it.
-        logger.exception("could not remove what the failed save wrote to %s", checkpoint)
+        logger.exception("could not tidy up after the failed save to %s", checkpoint)
 
 
 def _in_doubt(operation: Operation, error: BaseException) -> bool:

@@ -206,6 +206,9 @@ class FaultyColumnarWriter(FaultyStorageWriter, ColumnarWriter):
     def abort_save(self) -> None:
         self.schedule.call("abort_save", self.inner)
 
+    def leave_in_doubt(self) -> None:
+        self.schedule.call("leave_in_doubt", self.inner)
+
 
 class FaultyStorageReader(StorageReader):
     """Wraps any ``StorageReader``. ``rank`` is this process's rank."""

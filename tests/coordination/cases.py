@@ -22,6 +22,8 @@ from dcp_engine.coordination.store import StoreSession
 from dcp_engine.errors import CheckpointError, CheckpointException, UsageError
 
 RHYTHM = Rhythm(interval=0.1, grace=0.3, idle_poll=0.02)
+PATIENT = Rhythm(interval=0.1, grace=10.0, idle_poll=0.02)
+"""Where all ranks answer: that ends the grace, however busy the machine is."""
 DEADLINES = Deadlines(timeout=30.0, stall_timeout=10.0)
 SHORT_STALL = Deadlines(timeout=30.0, stall_timeout=0.8)
 
@@ -149,15 +151,15 @@ def fail_in_decide(session: Session, how: str, coordinator: int = 0) -> Any:
 # -- for real ranks ----------------------------------------------------------------------------
 
 
-def opened(group: Any = None) -> StoreSession:
-    session = open_session(group, connect_timeout=30.0, rhythm=RHYTHM)
+def opened(group: Any = None, rhythm: Rhythm = RHYTHM) -> StoreSession:
+    session = open_session(group, connect_timeout=30.0, rhythm=rhythm)
     assert isinstance(session, StoreSession)
     return session
 
 
 def run_with_session(name: str, *args: Any) -> Any:
     """Any of the functions above, on real ranks."""
-    with opened() as session:
+    with opened(rhythm=PATIENT) as session:
         return globals()[name](session, *args)
 
 
@@ -400,6 +402,19 @@ def missing_from_handshake() -> Any:
     if dist.get_rank() == 1:
         return {"type": None}
     return outcome(lambda: open_session(connect_timeout=1.0))
+
+
+def over_file_store(path: str) -> Any:
+    """The job came together over a file."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size
+    )
+    with opened() as session:
+        failed = fail_in_local(session, [1], "plain")
+        result = one_step(session, lambda _: b"x" * (9 << 20))
+    return failed["ranks"], failed["after"], len(result[0])
 
 
 def without_cpu_backend() -> Any:

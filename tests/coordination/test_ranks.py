@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.coordination import cases
@@ -189,6 +191,11 @@ def test_a_rank_that_leaves_between_steps_is_named(ranks: RankPool, how: str) ->
     assert results[0]["ranks"] == [1]
     assert results[1]["type"] == ("ValueError" if how == "plain" else "SystemExit")
     assert [result["after"] for result in results] == [b"x|x", b"x|x"]
+
+
+def test_over_a_file_store(ranks: RankPool, tmp_path: Path) -> None:
+    results = ranks.run(2, cases.over_file_store, str(tmp_path / "store"))
+    assert results == [([1], b"0|1", 2 * (9 << 20) + 1)] * 2
 
 
 def test_a_group_without_a_cpu_backend(ranks: RankPool) -> None:

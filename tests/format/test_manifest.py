@@ -12,7 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_engine.errors import DamagedCheckpointError, UnsupportedStateError, UsageError
+from dcp_engine.errors import (
+    DamagedCheckpointError,
+    InvalidPlanError,
+    UnsupportedStateError,
+    UsageError,
+)
 from dcp_engine.format.digest import xxh3_128_hex
 from dcp_engine.format.dtypes import DTYPES
 from dcp_engine.format.json_columns import encode_column, expand_column
@@ -116,6 +121,29 @@ def test_names_may_be_any_valid_text() -> None:
 def test_user_metadata_that_json_would_change_is_refused(value: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="user_metadata"):
         Content(user_metadata=value).encode()
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        Row(name="b", shape=(3,), alias=0),
+        Row(name="b", shape=(2,), alias=0, dtype=torch.int32),
+        Row(name="b", shape=(2, 1), alias=0),
+        Row(name="b", shape=(2,), alias=0, owner=1),
+        Row(name="b", shape=(2,), alias=1),
+        Row(name="b", shape=(2,), alias=0, chunks=[((0,), (2,), 0, 0)]),
+    ],
+)
+def test_aliases_that_a_reader_would_refuse_are_not_written(alias: Row) -> None:
+    with pytest.raises(InvalidPlanError, match="alias") as caught:
+        section([Row(name="a", shape=(2,), chunks=[((0,), (2,), 0, 0)]), alias])
+    assert caught.value.tensor == "b"
+
+
+def test_extra_names_that_a_reader_would_refuse_are_not_written() -> None:
+    extra = ExtraFile(name="config.json", size=1, xxh3_128="00" * 16)
+    with pytest.raises(UsageError, match="extra file"):
+        Content(extra_files=[extra]).encode()
 
 
 def test_every_dtype() -> None:

@@ -21,7 +21,13 @@ def content(rank: int, world_size: int = 3) -> Content:
         rows=[
             Row(name="w", shape=(2 * world_size, 4), chunks=[chunk]),
             Row(name="tied", shape=(2 * world_size, 4), alias=0),
-            Row(name="rng", shape=(4,), chunks=[((0,), (4,), 1, 200)], dtype=torch.uint8, owner=rank),
+            Row(
+                name="rng",
+                shape=(4,),
+                chunks=[((0,), (4,), 1, 200)],
+                dtype=torch.uint8,
+                owner=rank,
+            ),
         ],
         objects=[
             StoredObject(name="seed", pickled=False, inline=bytes([1, rank]), owner=rank),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import dcp_engine as dcp
-from storage_backends.testing import CallFault, faulty_reader, faulty_writer
+from storage_backends.testing.faulty_calls import CallFault, faulty_reader, faulty_writer
 from tests.multirank import states
 
 pytestmark = pytest.mark.multirank

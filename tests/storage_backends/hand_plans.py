@@ -29,9 +29,7 @@ from dcp_engine.state.values import EntryKind
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
-IDENTITY = RunIdentity(
-    run_id="run", restart_count=1, group="", host="host", boot_id="boot", pid=1
-)
+IDENTITY = RunIdentity(run_id="run", restart_count=1, group="", host="host", boot_id="boot", pid=1)
 
 
 def no_check() -> None:
@@ -158,9 +156,7 @@ def whole(tensors: Mapping[str, torch.Tensor], **objects: object) -> HandPlan:
     )
 
 
-def ticket(
-    save_id: str, rank: int = 0, world_size: int = 1, **changes: object
-) -> SaveTicket:
+def ticket(save_id: str, rank: int = 0, world_size: int = 1, **changes: object) -> SaveTicket:
     values: dict[str, object] = {
         "save_id": save_id,
         "rank": rank,
@@ -272,7 +268,9 @@ def load(
 
 def load_whole(reader: ColumnarReader, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Everything, into fresh tensors filled with something else."""
-    fresh = {name: torch.zeros_like(t, memory_format=torch.contiguous_format) for name, t in like.items()}
+    fresh = {
+        name: torch.zeros_like(t, memory_format=torch.contiguous_format) for name, t in like.items()
+    }
     load(reader, [(name, (0,) * t.ndim, t) for name, t in fresh.items()])
     return fresh
 
