@@ -55,7 +55,7 @@ from dcp_engine.planner import (
     WriteItem,
     WriteItemType,
 )
-from dcp_engine.saver.columnar import ReplicasDifferWarning
+from dcp_engine.saver.agreement import ReplicasDifferWarning
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.stateful import Stateful
 from dcp_engine.storage import (

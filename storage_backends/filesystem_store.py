@@ -22,13 +22,18 @@ from urllib.parse import unquote, urlsplit
 
 from dcp_engine.errors import DamagedCheckpointError, StorageError
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange, StoredFile
+from storage_backends.directory_entries import (
+    DIRECTORY_FLAGS,
+    remove,
+    remove_empty_directory,
+    walk,
+)
 from storage_backends.names import split_name
 from storage_backends.os_errors import storage_errors
 from storage_backends.vectored_io import pread_all, pwrite_all
 
 __all__ = ["FileSystemStore", "path_of"]
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO that somebody put there must not wait for a writer.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -73,11 +78,11 @@ class FileSystemStore(ByteStore):
     @contextmanager
     def _directory(self, parts: Sequence[str], name: str) -> Iterator[int]:
         """A descriptor of the directory ``parts`` below the root."""
-        descriptor = os.open(self._root, _DIRECTORY)
+        descriptor = os.open(self._root, DIRECTORY_FLAGS)
         try:
             for part in parts:
                 try:
-                    inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                    inner = os.open(part, DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
                 except OSError as error:
                     self._refuse_link(part, descriptor, name, error)
                     raise
@@ -141,7 +146,7 @@ class FileSystemStore(ByteStore):
     def _sync_path(self, path: str) -> None:
         if not self.durable_sync:
             return
-        descriptor = os.open(path, _DIRECTORY)
+        descriptor = os.open(path, DIRECTORY_FLAGS)
         try:
             self._sync_descriptor(descriptor)
         finally:
@@ -278,7 +283,7 @@ class FileSystemStore(ByteStore):
             found: list[tuple[str, int, float]] = []
             try:
                 with self._directory(parts, prefix) as descriptor:
-                    _walk(descriptor, head, tail, found)
+                    walk(descriptor, head, tail, found)
                     now = self._now(descriptor) if found else 0.0
             except FileNotFoundError:
                 return []
@@ -322,10 +327,10 @@ class FileSystemStore(ByteStore):
             return
         try:
             with self._directory(parts[:-1], name) as directory:
-                _remove(parts[-1], directory)
+                remove(parts[-1], directory)
             for depth in range(len(parts) - 1, 0, -1):
                 with self._directory(parts[: depth - 1], name) as directory:
-                    if not _remove_empty_directory(parts[depth - 1], directory):
+                    if not remove_empty_directory(parts[depth - 1], directory):
                         return
         except FileNotFoundError:
             return
@@ -392,50 +397,3 @@ def _adjacent(ranges: Sequence[ReadRange]) -> Iterator[tuple[int, list[memoryvie
         end += item.buffer.nbytes
     if buffers:
         yield begin, buffers
-
-
-def _walk(directory: int, path: str, prefix: str, found: list[tuple[str, int, float]]) -> None:
-    """All files below ``directory`` whose first part begins with ``prefix``; a directory that
-    holds nothing is listed by its name and a slash. Links are listed, not followed."""
-    with os.scandir(directory) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.startswith(prefix))
-    for name in names:
-        full = f"{path}/{name}" if path else name
-        try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if not stat.S_ISDIR(status.st_mode):
-                found.append((full, status.st_size, status.st_mtime))
-                continue
-            inner = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-        except FileNotFoundError:
-            continue  # removed by somebody while we looked
-        try:
-            before = len(found)
-            _walk(inner, full, "", found)
-            if len(found) == before:
-                found.append((f"{full}/", 0, status.st_mtime))
-        finally:
-            os.close(inner)
-
-
-def _remove(name: str, directory: int) -> None:
-    try:
-        os.unlink(name, dir_fd=directory)
-    except (IsADirectoryError, PermissionError):
-        # Linux says EISDIR for a directory, POSIX allows EPERM.
-        if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-            raise
-        _remove_empty_directory(name, directory)
-
-
-def _remove_empty_directory(name: str, directory: int) -> bool:
-    """Whether the directory is gone."""
-    try:
-        os.rmdir(name, dir_fd=directory)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-            return False
-        raise
-    return True

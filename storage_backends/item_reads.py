@@ -6,7 +6,6 @@ here: reading (``read_files``).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,10 @@ import torch
 
 from dcp_engine.errors import InvalidPlanError, StateMismatchError
 from dcp_engine.format.manifest import Manifest, StoredObject, StoredTensor
+from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.plan import LoadItemType, ReadItem
 from dcp_engine.planner import LoadPlanner
+from dcp_engine.planning.item_bytes import to_item_bytes
 
 __all__ = ["WantedItem", "load_objects", "want_items"]
 
@@ -122,4 +123,5 @@ def load_objects(
     for item in items:
         if item.type.name == _BYTES:
             stored = _object(manifest, item.storage_index.fqn, rank, checkpoint)
-            planner.load_bytes(item, io.BytesIO(fetch(stored)))
+            encoded = EncodedObject(fetch(stored), pickled=stored.pickled)
+            planner.load_bytes(item, to_item_bytes(encoded, fqn=stored.name))

@@ -6,15 +6,17 @@ belong here: writing (``item_writes``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 
-from dcp_engine.errors import InvalidPlanError
+from dcp_engine.errors import InvalidPlanError, UnsupportedStateError
 from dcp_engine.format.dtypes import code_of
 from dcp_engine.format.nesting import encode_nesting
+from dcp_engine.format.object_codec import encode_object
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import RankReport
 from dcp_engine.planning.columns import (
@@ -30,7 +32,12 @@ from dcp_engine.state.values import EntryKind
 from dcp_engine.storage import WriteResult
 from storage_backends.item_writes import ItemPlace, StoredItem
 
-__all__ = ["columns_of_results"]
+__all__ = ["PLANNER_DATA_NAME", "columns_of_results", "encoded_planner_data", "is_path_mapping"]
+
+logger = logging.getLogger(__name__)
+
+PLANNER_DATA_NAME = "extra/dcp_engine/planner_data"
+"""The extra file that keeps the ``planner_data`` of planners other than the default one."""
 
 Offsets = tuple[int, ...]
 
@@ -205,19 +212,37 @@ def _object_table(metadata: Metadata, objects: Mapping[str, int]) -> ObjectTable
     )
 
 
-def _nesting(planner_data: object) -> bytes:
-    """``planner_data`` is the default planner's: name to path. Another planner's own data has no
-    place in the format; such a planner makes it anew from the names when it loads."""
-    if not isinstance(planner_data, Mapping):
-        return encode_nesting({}, {})
-    paths = {
-        name: tuple(path)
-        for name, path in planner_data.items()
-        if isinstance(name, str)
+def is_path_mapping(planner_data: object) -> bool:
+    """Whether it is the default planner's: name to path."""
+    return isinstance(planner_data, Mapping) and all(
+        isinstance(name, str)
         and isinstance(path, tuple)
+        and path
         and all(type(key) in (str, int) for key in path)
-    }
-    return encode_nesting(paths if len(paths) == len(planner_data) else {}, {})
+        for name, path in planner_data.items()
+    )
+
+
+def _nesting(planner_data: Any) -> bytes:
+    return encode_nesting(dict(planner_data) if is_path_mapping(planner_data) else {}, {})
+
+
+def encoded_planner_data(planner_data: object) -> bytes | None:
+    """The content of the extra file that keeps another planner's own data; None if there is
+    none, or if it would take a pickle to keep it, which opening a checkpoint must not execute."""
+    if planner_data is None or is_path_mapping(planner_data):
+        return None
+    try:
+        encoded = encode_object(planner_data, fqn="planner_data")
+    except UnsupportedStateError:
+        encoded = None
+    if encoded is None or encoded.pickled:
+        logger.warning(
+            "planner_data (%s) is not stored: it has no encoding but pickle",
+            type(planner_data).__name__,
+        )
+        return None
+    return encoded.data
 
 
 def _mismatch(message: str, tensor: str, rank: int | None = None) -> NoReturn:

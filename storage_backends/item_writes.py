@@ -23,6 +23,7 @@ from dcp_engine.format.shard_file import entry_size_bound, split_by_header_limit
 from dcp_engine.native_storage import RankReport, SaveTicket
 from dcp_engine.plan import SavePlan, WriteItem, WriteItemType
 from dcp_engine.planner import SavePlanner
+from dcp_engine.planning.item_bytes import from_item_bytes
 from dcp_engine.storage import WriteResult
 from storage_backends.layout import Piece, RankLayout, place_objects
 
@@ -34,9 +35,6 @@ __all__ = [
     "ticket_plans",
     "write_results",
 ]
-
-TORCH_SAVE_MAGIC = b"PK\x03\x04"
-"""How a file of ``torch.save`` begins; the tagged encoding of objects never does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +181,7 @@ def _encoded(item: WriteItem, planner: SavePlanner) -> EncodedObject:
     value = planner.resolve_data(item)
     if not isinstance(value, io.BytesIO):
         raise _unexpected(item, f"a {type(value).__name__}")
-    data = value.getvalue()
-    return EncodedObject(data, pickled=data.startswith(TORCH_SAVE_MAGIC))
+    return from_item_bytes(value.getvalue())
 
 
 def _unexpected(item: WriteItem, what: str) -> InvalidPlanError:

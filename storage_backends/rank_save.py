@@ -153,7 +153,8 @@ class RankSave:
                 written.append(write_file(self.store, name, file, header, self._options, check))
         digests = self._write_digests(layout, written, check)
         if self._is_coordinator:
-            self._write_extra_files(check)
+            files = {s: self.ticket.extra_files[n] for n, s in self._extra_names().items()}
+            self._write_extra_files(files, check)
         check()
         with writing(self.store, "make the data directory durable", file=self._directory):
             self.store.sync_directory(self._directory)
@@ -198,10 +199,9 @@ class RankSave:
                 file.abort()
                 raise
 
-    def _write_extra_files(self, check: Check) -> None:
+    def _write_extra_files(self, files: Mapping[str, bytes], check: Check) -> None:
         directories: set[str] = set()
-        for name, stored in self._extra_names().items():
-            content = self.ticket.extra_files[name]
+        for stored, content in files.items():
             full = f"{self._directory}/{stored}"
             parent = full.rpartition("/")[0]
             with writing(self.store, "create the directory", file=parent):
@@ -215,6 +215,10 @@ class RankSave:
         for directory in sorted(directories):
             with writing(self.store, "make the directory durable", file=directory):
                 self.store.sync_directory(directory)
+
+    def add_extra_file(self, stored: str, content: bytes) -> None:
+        """Write one more extra file (``extra/...``), after ``write`` and before ``commit``."""
+        self._write_extra_files({stored: content}, lambda: None)
 
     def commit(
         self, plan: GlobalPlan, reports: Sequence[RankReport], observed: str | None
@@ -298,9 +302,12 @@ class RankSave:
 
     def leave_in_doubt(self) -> None:
         """Delete nothing. On the coordinator, whose attempt to commit is over whatever became of
-        it, mark the data as given up: the manifest tells the next save whether it counts."""
+        it (a rename is; a PUT may still arrive), mark the data as given up: the manifest tells
+        the next save whether it counts."""
         owner = f"{self._directory}/{OWNER_NAME}"
-        if self._is_coordinator and owner in self._written:
+        # Without a rename the manifest may be on its way still, and must find its data then.
+        over = self.store.atomic_replace
+        if over and self._is_coordinator and owner in self._written:
             self.store.put(owner, owner_record(self.ticket.identity, given_up=True))
 
 

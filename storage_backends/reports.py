@@ -19,7 +19,6 @@ from dcp_engine.format.manifest import (
     ExtraFile,
     StoredObject,
     encode_manifest,
-    encode_tensor_section,
 )
 from dcp_engine.native_storage import FileReport, ObjectReport, RankReport, SaveTicket
 from dcp_engine.planning.columns import NO_OWNER, GlobalPlan
@@ -172,20 +171,6 @@ def make_manifest(
     extra_files: Sequence[ExtraFile],
 ) -> bytes:
     """The manifest's bytes; one rank's own where ``ticket`` says that the ranks do not talk."""
-    tensors = plan.tensors
-    section = encode_tensor_section(
-        names=tensors.names,
-        dtypes=tensors.dtypes,
-        ndims=tensors.ndims,
-        shapes=tensors.shapes,
-        owners=tensors.owners,
-        aliases=plan.aliases,
-        chunk_tensor=plan.chunks.tensor,
-        chunk_offsets=plan.chunks.offsets,
-        chunk_sizes=plan.chunks.sizes,
-        chunk_file=plan.chunks.file,
-        chunk_start=plan.chunks.start,
-    )
     return encode_manifest(
         save_id=ticket.save_id,
         world_size=ticket.world_size,
@@ -196,7 +181,7 @@ def make_manifest(
         data_files=checked.data_files,
         digest_files=checked.digest_files,
         extra_files=extra_files,
-        tensors=section,
+        tensors=plan.tensor_section,
         objects=checked.objects,
         nesting=plan.containers,
         token=None if ticket.use_collectives else ticket.save_id,

@@ -17,6 +17,7 @@ from dcp_engine.errors import CheckpointError, NotFoundError, UsageError
 from dcp_engine.format.manifest import Manifest, StoredObject
 from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.format.names import extra_file_name
+from dcp_engine.format.object_codec import decode_object
 from dcp_engine.metadata import Metadata, StorageMeta
 from dcp_engine.native_storage import ColumnarReader, CommitRecord
 from dcp_engine.plan import LoadPlan
@@ -25,6 +26,7 @@ from dcp_engine.planning.columns import LoadColumns
 from dcp_engine.storage import ByteStore, Check
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.item_reads import load_objects, want_items
+from storage_backends.item_results import PLANNER_DATA_NAME
 from storage_backends.open_manifest import read_manifest
 from storage_backends.read_files import Wanted, read_wanted
 from storage_backends.tensor_bytes import require_little_endian
@@ -188,7 +190,13 @@ class ShardedReader(ColumnarReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         manifest, _ = self.open_checkpoint(None)
         meta = StorageMeta(checkpoint_id=self.checkpoint, load_id=manifest.save_id)
-        return ManifestMetadata.of(manifest, meta)
+        metadata = ManifestMetadata.of(manifest, meta)
+        planner_data = self._opened(manifest).extra(PLANNER_DATA_NAME)
+        if planner_data is not None:
+            metadata.planner_data = decode_object(
+                planner_data, False, fqn="planner_data", checkpoint=self.checkpoint
+            )
+        return metadata
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

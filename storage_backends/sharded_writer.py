@@ -30,7 +30,11 @@ from dcp_engine.plan import SavePlan
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
 from dcp_engine.storage import ByteStore, Check, WriteResult
-from storage_backends.item_results import columns_of_results
+from storage_backends.item_results import (
+    PLANNER_DATA_NAME,
+    columns_of_results,
+    encoded_planner_data,
+)
 from storage_backends.item_writes import ItemTicket, lay_out_items, ticket_plans, write_results
 from storage_backends.layout import lay_out_assignment
 from storage_backends.open_manifest import read_manifest
@@ -306,6 +310,9 @@ class ShardedWriter(ColumnarWriter):
         plan, reports = columns_of_results(
             metadata, results, ranks=ranks, world_size=ticket.world_size
         )
+        planner_data = encoded_planner_data(metadata.planner_data)
+        if planner_data is not None:
+            save.add_extra_file(PLANNER_DATA_NAME, planner_data)
         save.commit(plan, reports, self._observed)
         save.remove_replaced()
         self._end()

@@ -69,9 +69,9 @@ def box_of(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -
 
 
 def contiguous_slices(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """Contiguous CPU tensors that are ``tensor``'s elements in row-major order, each of at most
-    ``limit`` bytes (one element, if that is more). Views where possible, else copies, made one
-    by one as the caller asks for them."""
+    """Contiguous CPU tensors that are ``tensor``'s elements in row-major order: views where that
+    is possible, of any size, else copies of at most ``limit`` bytes (one element, if that is
+    more), made one by one as the caller asks for them."""
     if has_viewable_memory(tensor):
         yield tensor
         return

@@ -214,8 +214,10 @@ def _write_copies(batch: _Batch, data: torch.Tensor, part: _Part, block_size: in
     digester = BlockDigester(part.digests, block_size)
     for copy in contiguous_slices(data, COPY_BYTES):
         view = memory_of(copy)
-        digester.update(view)
-        batch.add(view, view.nbytes)
+        for begin in range(0, view.nbytes, WRITE_BYTES):
+            part_view = view[begin : begin + WRITE_BYTES]
+            digester.update(part_view)
+            batch.add(part_view, part_view.nbytes)
         batch.flush()  # so that no more than one copy is held
     digester.finish()
 

@@ -23,7 +23,7 @@ from dcp_engine.loader.options import PerRankPolicy
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry
-from dcp_engine.saver import SaveOptions, save
+from dcp_engine.saver import PlanMemory, SaveOptions, save
 from dcp_engine.saver.options import ExtraContent
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader, StorageWriter
@@ -65,6 +65,8 @@ class Engine:
         self._collective_free_saves = 0
         self._closed = False
         self._registry = BackendRegistry()
+        self._plans = PlanMemory()
+        self._alone_plans = PlanMemory()
 
     def save(
         self,
@@ -109,6 +111,7 @@ class Engine:
             planner=planner,
             group=place.group,
             world_size=place.world_size,
+            memory=self._alone_plans if no_dist else self._plans,
             options=options,
         )
 
@@ -145,6 +148,11 @@ class Engine:
                 allow_pickle=allow_pickle,
             ),
         )
+
+    def clear_plan_cache(self) -> None:
+        """Forget the plans of earlier saves; the next save plans anew, on all ranks."""
+        self._plans.clear()
+        self._alone_plans.clear()
 
     def close(self) -> None:
         """Close the session's connections."""

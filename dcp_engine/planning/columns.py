@@ -11,9 +11,12 @@ table (``D`` columns); ``ndims`` says how many count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+from dcp_engine.format.manifest import TensorSection, encode_tensor_section
 
 __all__ = [
     "NO_ALIAS",
@@ -139,6 +142,24 @@ class GlobalPlan:
     files: PlannedFiles
     objects: ObjectTable
     containers: bytes
+
+    @cached_property
+    def tensor_section(self) -> TensorSection:
+        """The part of a manifest that the plan fixes, encoded once for all saves that use it."""
+        tensors, chunks = self.tensors, self.chunks
+        return encode_tensor_section(
+            names=tensors.names,
+            dtypes=tensors.dtypes,
+            ndims=tensors.ndims,
+            shapes=tensors.shapes,
+            owners=tensors.owners,
+            aliases=self.aliases,
+            chunk_tensor=chunks.tensor,
+            chunk_offsets=chunks.offsets,
+            chunk_sizes=chunks.sizes,
+            chunk_file=chunks.file,
+            chunk_start=chunks.start,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ planning, bytes, waiting.
 from __future__ import annotations
 
 from dcp_engine.saver.options import SaveOptions
+from dcp_engine.saver.plan_memory import PlanMemory
 from dcp_engine.saver.save import save
 
-__all__ = ["SaveOptions", "save"]
+__all__ = ["PlanMemory", "SaveOptions", "save"]

@@ -99,11 +99,12 @@ def save_items(
         _, own = operation.step("plan", local_plan, global_plan)
         common, _ = operation.step("write", write, finish, decide_phase="commit")
     except BaseException as error:
+        own = isinstance(writer, ColumnarWriter)
         settle_failure(
             operation,
             error,
             abort=writer.abort,
-            leave_in_doubt=writer.leave_in_doubt if isinstance(writer, ColumnarWriter) else _nothing,
+            leave_in_doubt=writer.leave_in_doubt if own else _nothing,
             checkpoint=checkpoint,
         )
         raise

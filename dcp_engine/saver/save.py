@@ -16,6 +16,7 @@ from dcp_engine.saver.collective_free import save_collective_free
 from dcp_engine.saver.columnar import save_columns
 from dcp_engine.saver.item_based import save_items
 from dcp_engine.saver.options import ExtraContent, SaveOptions
+from dcp_engine.saver.plan_memory import PlanMemory
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageWriter
 
@@ -31,6 +32,7 @@ def save(
     planner: SavePlanner | None,
     group: GroupRanks,
     world_size: int,
+    memory: PlanMemory,
     options: SaveOptions,
 ) -> Metadata:
     """Save ``state_dict`` through ``writer``.
@@ -39,6 +41,7 @@ def save(
         session: of all ranks that save together; of this one alone when the save is
             collective-free.
         group, world_size: the ranks that save together, in either case.
+        memory: plans of earlier saves, by the same ranks.
     """
     if not isinstance(writer, StorageWriter):
         raise UsageError(
@@ -80,6 +83,7 @@ def save(
                 planner=planner,
                 group=group,
                 options=options,
+                memory=memory,
                 ticket=ticket,
             )
         _refuse_what_items_cannot(writer, options, name)

@@ -162,3 +162,14 @@ def test_work_is_by_class_of_holders_not_by_tensor_and_rank(
     boxes = held([(16, 64)] * (50 * world // 2), pairs * 50)
     share_out(boxes, ones(boxes), world)
     assert calls == [50] * (world // 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 50), st.lists(st.integers(1, 400), min_size=1))
+def test_no_box_is_cut_into_crumbs(world: int, grain: int, heights: list[int]) -> None:
+    boxes = held([(height,) for height in heights], [list(range(world))] * len(heights))
+    options = BalanceOptions(finest=grain, coarsest=grain)
+    pieces = share_out(boxes, ones(boxes), world, options=options)
+    cut = pieces.rows < boxes.sizes[pieces.box, 0]
+    # A row of one byte is what rounding to rows may take from a piece.
+    assert (pieces.rows[cut] >= grain - 1).all()

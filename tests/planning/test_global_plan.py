@@ -251,6 +251,26 @@ def test_gap_names_element_and_ranks() -> None:
     assert "ranks [0, 1]" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("boxes", "kind"),
+    [
+        ([((0, 0), (1, 1)), ((0, 1), (2, 1))], "plan_gap"),
+        ([((0, 0), (2, 1)), ((0, 1), (1, 1))], "plan_gap"),
+        ([((0, 0), (1, 2)), ((1, 1), (1, 1))], "plan_gap"),
+        ([((0, 0), (1, 1)), ((1, 0), (1, 2))], "plan_gap"),
+        ([((0, 0), (2, 1)), ((0, 1), (2, 1)), ((1, 0), (1, 2))], "plan_overlap"),
+        ([((0, 0), (1, 2)), ((0, 1), (2, 1)), ((1, 0), (1, 1))], "plan_overlap"),
+    ],
+)
+def test_boxes_that_are_nearly_a_grid(
+    boxes: list[tuple[tuple[int, int], tuple[int, int]]], kind: str
+) -> None:
+    values: list[Value] = [tensor("w", (2, 2), [Box(offsets=o, sizes=s) for o, s in boxes])]
+    with pytest.raises(InvalidPlanError) as caught:
+        make_global_plan(local_plans([values]), coordinator_rank=0)
+    assert caught.value.kind == kind
+
+
 def test_overlap_names_boxes_and_ranks() -> None:
     boxes = [Box(offsets=(0,), sizes=(3,)), Box(offsets=(2,), sizes=(2,))]
     ranks = [[tensor("w", (4,), [box])] for box in boxes]

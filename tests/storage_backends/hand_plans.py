@@ -3,7 +3,6 @@ cut into the boxes that a test says."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +84,8 @@ class HandPlan:
         dtypes = {shard.name: shard.tensor.dtype for shard in self.shards}
         files = self._files()
         rows = [entry for entry in self.placed() if entry[0].tensor.numel()]
-        rows.sort(key=lambda entry: (names.index(entry[0].name), entry[0].offsets))
+        row_of = {name: row for row, name in enumerate(names)}
+        rows.sort(key=lambda entry: (row_of[entry[0].name], entry[0].offsets))
         sizes = [s.tensor.numel() * s.tensor.element_size() for s, _ in rows]
         totals = [
             sum(n for n, (s, _) in zip(sizes, rows, strict=True) if s.rank == rank)
@@ -103,7 +103,7 @@ class HandPlan:
             ),
             aliases=np.full(len(names), -1, np.int32),
             chunks=PlacedChunks(
-                tensor=np.array([names.index(s.name) for s, _ in rows], np.int32),
+                tensor=np.array([row_of[s.name] for s, _ in rows], np.int32),
                 offsets=self._pad([s.offsets for s, _ in rows], 0),
                 sizes=self._pad([tuple(s.tensor.shape) for s, _ in rows], 1),
                 file=np.array([files.index(s.rank) for s, _ in rows], np.int32),
@@ -125,10 +125,11 @@ class HandPlan:
 
     def assignment(self, rank: int) -> RankAssignment:
         sources = self.sources(rank)
+        source_of = {id(shard): row for row, shard in enumerate(sources)}
         rows = [(s, start) for s, start in self.placed() if s.rank == rank and s.tensor.numel()]
         sizes = [s.tensor.numel() * s.tensor.element_size() for s, _ in rows]
         return RankAssignment(
-            source=np.array([sources.index(s) for s, _ in rows], np.int32),
+            source=np.array([source_of[id(s)] for s, _ in rows], np.int32),
             within=self._pad([(0,) * len(s.offsets) for s, _ in rows], 0),
             offsets=self._pad([s.offsets for s, _ in rows], 0),
             sizes=self._pad([tuple(s.tensor.shape) for s, _ in rows], 1),
@@ -201,6 +202,7 @@ def load_columns(
 ) -> LoadColumns:
     """Every overlap of a stored chunk with a wanted box (name, offsets, tensor)."""
     names = sorted({name for name, _, _ in wanted})
+    name_rows = {name: row for row, name in enumerate(names)}
     rows: list[dict[str, object]] = []
     for dest, (name, offsets, tensor) in enumerate(wanted):
         chunks = manifest.tensors[name].chunks
@@ -214,7 +216,7 @@ def load_columns(
             if all(h > w for h, w in zip(high, low, strict=True)):
                 rows.append(
                     {
-                        "tensor": names.index(name),
+                        "tensor": name_rows[name],
                         "ndim": tensor.ndim,
                         "itemsize": tensor.element_size(),
                         "file": int(chunks.file[at]),
@@ -273,7 +275,3 @@ def load_whole(reader: ColumnarReader, like: Mapping[str, torch.Tensor]) -> dict
     }
     load(reader, [(name, (0,) * t.ndim, t) for name, t in fresh.items()])
     return fresh
-
-
-def prod(sizes: Sequence[int]) -> int:
-    return math.prod(sizes)

@@ -28,6 +28,7 @@ from storage_backends.memory import MemoryStore
 from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.recording import RecordingByteStore
+from storage_backends.write_files import WriteOptions
 from tests.storage_backends.conftest import OpenStore
 from tests.storage_backends.hand_plans import (
     HandPlan,
@@ -174,9 +175,7 @@ def test_several_threads_write_the_same_bytes(
     save([FileSystemWriter(tmp_path / "1")], whole(state), A)
     monkeypatch.setattr(
         "storage_backends.sharded_writer.WriteOptions",
-        lambda **kwargs: __import__(
-            "storage_backends.write_files", fromlist=["WriteOptions"]
-        ).WriteOptions(**kwargs, job_bytes=2 * 65536),
+        lambda **options: WriteOptions(**options, job_bytes=2 * 65536),
     )
     save([FileSystemWriter(tmp_path / "2", thread_count=4)], whole(state), A)
     for name in ("rank00000-00.safetensors", "rank00000.digests"):
@@ -212,8 +211,7 @@ def test_files_are_safetensors_with_the_documented_names(tmp_path: Path) -> None
     header = json.loads(raw[8 : 8 + length])
     header.pop("__metadata__")
     begins = sorted((v["data_offsets"], k) for k, v in header.items())
-    assert [k for _, k in begins][0] == "odd"
-    assert [k for _, k in begins][-1] == "blob"
+    assert (begins[0][1], begins[-1][1]) == ("odd", "blob")
 
 
 def test_only_data_directories_lie_beside_the_manifest(tmp_path: Path) -> None:
@@ -269,7 +267,7 @@ def test_extra_files(open_store: OpenStore) -> None:
     opened = reader(open_store)
     manifest, _ = opened.open_checkpoint(None)
     assert {n: opened.read_extra(manifest, n) for n in extra} == extra
-    with pytest.raises(NotFoundError, match="config.json"):
+    with pytest.raises(NotFoundError, match=r"config\.json"):
         opened.read_extra(manifest, "other")
     with pytest.raises(UsageError):
         opened.read_extra(manifest, "../manifest.json")

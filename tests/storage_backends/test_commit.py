@@ -35,7 +35,9 @@ from tests.storage_backends.hand_plans import (
     IDENTITY,
     HandPlan,
     Shard,
+    load_columns,
     load_whole,
+    no_check,
     save,
     ticket,
     whole,
@@ -91,8 +93,6 @@ def test_a_reader_in_the_middle_of_a_load_is_told(tmp_path: Path) -> None:
     manifest, _ = opened.open_checkpoint(None)
     manifest.tensors["w"].chunks  # noqa: B018 - decoded before it is replaced
     save([FileSystemWriter(tmp_path)], whole(NEW), B)
-    from tests.storage_backends.hand_plans import load_columns, no_check
-
     columns = load_columns(manifest, [("w", (0,), torch.zeros(1000))])
     with pytest.raises(ConflictError) as caught:
         opened.read_columns(manifest, columns, [torch.zeros(1000)], no_check)

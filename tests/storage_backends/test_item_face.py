@@ -20,7 +20,6 @@ from dcp_engine.errors import (
     UsageError,
 )
 from dcp_engine.format.names import new_save_id
-from dcp_engine.format.object_codec import decode_object, encode_object
 from dcp_engine.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -41,12 +40,13 @@ from dcp_engine.plan import (
     WriteItemType,
 )
 from dcp_engine.planner import LoadPlanner, SavePlanner
+from dcp_engine.planning.item_bytes import item_bytes, read_item_bytes
 from dcp_engine.storage import WriteResult
 from storage_backends.filesystem import FileSystemReader, FileSystemWriter
 from storage_backends.filesystem_store import FileSystemStore
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty import Fault, FaultyByteStore, TornWrite
-from tests.storage_backends.hand_plans import IDENTITY, load_whole
+from tests.storage_backends.hand_plans import IDENTITY, load_whole, save, whole
 
 Value = torch.Tensor | tuple[tuple[int, ...], tuple[int, ...], torch.Tensor] | Any
 
@@ -114,7 +114,7 @@ class HandSavePlanner(SavePlanner):
         box = self._box(name)
         if box is not None:
             return box[2]
-        return io.BytesIO(encode_object(self.state[name], fqn=name).data)
+        return item_bytes(self.state[name], fqn=name)
 
 
 class HandLoadPlanner(LoadPlanner):
@@ -163,8 +163,7 @@ class HandLoadPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        data = value.getvalue()
-        self.state[name] = decode_object(data, data.startswith(b"PK"), fqn=name, allow_pickle=True)
+        self.state[name] = read_item_bytes(value, fqn=name)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         tensor = self.state[read_item.dest_index.fqn]
@@ -431,3 +430,48 @@ def test_validate_checkpoint_id(tmp_path: Path) -> None:
         assert cls.validate_checkpoint_id(f"file://{tmp_path}/x")
         assert not cls.validate_checkpoint_id(tmp_path / "file" / "x")
         assert not cls.validate_checkpoint_id("s3://bucket/x")
+
+
+def test_data_of_another_planner_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(HandSavePlanner):
+        own: Any = None
+
+        def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+            plans, metadata = super().create_global_plan(all_plans)
+            return plans, replace(metadata, planner_data=self.own)
+
+    for own, expected in (
+        ({"version": 3, "order": [1, 2]}, {"version": 3, "order": [1, 2]}),
+        (None, {}),
+        (HandSavePlanner, {}),
+    ):
+        planner = Own({"w": torch.ones(3)})
+        planner.own = own
+        writer = FileSystemWriter(tmp_path)
+        writer.reset()
+        writer.set_up_storage_writer(True)
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        (plan,) = writer.prepare_global_plan(plans)
+        writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+        reader = FileSystemReader(tmp_path)
+        assert reader.read_metadata().planner_data == expected
+        reader.close_checkpoint()
+    assert "planner_data" in caplog.text
+
+
+def test_objects_of_the_column_face_come_as_torch_load_reads_them(tmp_path: Path) -> None:
+    values = {"lr": 0.5, "big": {"k": list(range(3000))}}
+    save([FileSystemWriter(tmp_path)], whole({"w": torch.ones(2)}, **values), "a" * 32)
+
+    class AsTorch(HandLoadPlanner):
+        def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+            self.state[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+    reader = FileSystemReader(tmp_path)
+    reader.read_metadata()
+    planner = AsTorch(dict.fromkeys(values))
+    reader.read_data(planner.create_local_plan(), planner).wait()
+    assert planner.state == values
+    reader.close_checkpoint()

@@ -1,0 +1,211 @@
+"""Agreeing on a plan: by digest if it was made before, else from all ranks' columns.
+
+Steps: ``agree`` (every rank sends some 70 bytes: the fingerprint of its local plan, which plan it
+remembers under it, and a digest of its replicated values), ``plan`` (only if a rank is new to the
+plan: local plans to the coordinator, assignments back), ``compare`` (only if the digests of
+replicated values leave a doubt). A remembered plan is used by a verdict of all ranks on one plan;
+one rank that does not have it makes everybody plan anew.
+"""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import msgspec
+
+from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.error_context import located
+from dcp_engine.errors import InvalidPlanError
+from dcp_engine.planning.columns import GlobalPlan, RankAssignment
+from dcp_engine.planning.fingerprint import Options, fingerprint
+from dcp_engine.planning.global_plan import assignments, make_global_plan
+from dcp_engine.planning.replicas import compare_details, needs_details, summarise
+from dcp_engine.planning.wire import (
+    decode_assignment,
+    decode_local_plans,
+    encode_assignment,
+    encode_local_plan,
+)
+from dcp_engine.saver.plan_memory import NO_PLAN, PlanMemory, RankPlan, plan_id
+from dcp_engine.saver.prepare import PreparedState
+
+__all__ = ["Agreed", "Agreement", "ReplicasDifferWarning"]
+
+
+class ReplicasDifferWarning(UserWarning):
+    """Ranks hold different values under one replicated key; one of them was stored."""
+
+
+class _Offer(msgspec.Struct, array_like=True):
+    """What a rank sends in step ``agree``."""
+
+    fingerprint: bytes
+    remembers: bytes
+    summary: bytes
+
+
+class _Verdict(msgspec.Struct, array_like=True):
+    """What the coordinator answers in step ``agree``."""
+
+    save_id: str
+    plan: bytes
+    """The plan to use, by id; ``NO_PLAN`` asks for step ``plan``."""
+    compare: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What a rank knows when planning is over."""
+
+    save_id: str
+    assignment: RankAssignment
+    global_plan: GlobalPlan | None
+    """The coordinator's."""
+    plan_id: bytes
+    fingerprint: bytes
+
+    def remember(self, memory: PlanMemory) -> None:
+        """Keep the plan for later saves; called when the save is committed."""
+        memory.ranks.put(self.fingerprint, RankPlan(id=self.plan_id, assignment=self.assignment))
+        if self.global_plan is not None:
+            memory.plans.put(self.plan_id, self.global_plan)
+
+
+class Agreement:
+    """The planning steps of one save on one rank.
+
+    Args:
+        operation: the save.
+        memory: plans of earlier saves.
+        dedup_to_lowest_rank, strict_replicas: the planner's options.
+        checkpoint: for messages.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        memory: PlanMemory,
+        *,
+        dedup_to_lowest_rank: bool,
+        strict_replicas: bool,
+        checkpoint: str,
+    ) -> None:
+        self._operation = operation
+        self._memory = memory
+        self._dedup_to_lowest_rank = dedup_to_lowest_rank
+        self._strict_replicas = strict_replicas
+        self._checkpoint = checkpoint
+        self._global_plan: GlobalPlan | None = None
+        self._fingerprint = b""
+        self._known: RankPlan | None = None
+        self._id = NO_PLAN
+
+    def offer(self, prepared: PreparedState) -> bytes:
+        """This rank's message in step ``agree``."""
+        self._fingerprint = fingerprint(prepared.source.plan, self._options())
+        known = self._known = self._memory.ranks.get(self._fingerprint)
+        return msgspec.msgpack.encode(
+            _Offer(
+                fingerprint=self._fingerprint,
+                remembers=NO_PLAN if known is None else known.id,
+                summary=summarise(prepared.compared),
+            )
+        )
+
+    def decide(self, messages: list[bytes]) -> Decision:
+        """The coordinator's part of step ``agree``."""
+        offers = [msgspec.msgpack.decode(message, type=_Offer) for message in messages]
+        self._id = plan_id([offer.fingerprint for offer in offers])
+        remembered = all(offer.remembers == self._id for offer in offers)
+        self._global_plan = self._memory.plans.get(self._id) if remembered else None
+        return Decision(
+            common=msgspec.msgpack.encode(
+                _Verdict(
+                    save_id=uuid.uuid4().hex,
+                    plan=NO_PLAN if self._global_plan is None else self._id,
+                    compare=needs_details([offer.summary for offer in offers]),
+                )
+            )
+        )
+
+    def settle(self, answer: bytes, prepared: PreparedState) -> Agreed:
+        """Carry out what the coordinator answered in step ``agree``: on every rank alike."""
+        verdict = msgspec.msgpack.decode(answer, type=_Verdict)
+        if verdict.plan != NO_PLAN and self._known is not None:
+            chosen, assignment = verdict.plan, self._known.assignment
+        else:
+            chosen, assignment = self._plan(prepared)
+        if verdict.compare:
+            self._compare(prepared)
+        return Agreed(
+            save_id=verdict.save_id,
+            assignment=assignment,
+            global_plan=self._global_plan,
+            plan_id=chosen,
+            fingerprint=self._fingerprint,
+        )
+
+    def _options(self) -> Options:
+        return {
+            "world_size": self._operation.world_size,
+            "coordinator_rank": self._operation.coordinator_rank,
+            "dedup_to_lowest_rank": self._dedup_to_lowest_rank,
+        }
+
+    def _plan(self, prepared: PreparedState) -> tuple[bytes, RankAssignment]:
+        local = prepared.source.plan
+
+        def decide(messages: list[bytes]) -> Decision:
+            with self._located():
+                plans = decode_local_plans(messages)
+                plan = self._global_plan = make_global_plan(
+                    plans,
+                    coordinator_rank=self._operation.coordinator_rank,
+                    dedup_to_lowest_rank=self._dedup_to_lowest_rank,
+                )
+                return Decision(
+                    common=self._id,
+                    per_rank=[
+                        encode_assignment(assignment, own)
+                        for assignment, own in zip(assignments(plan, plans), plans, strict=True)
+                    ],
+                )
+
+        chosen, own = self._operation.step("plan", lambda: encode_local_plan(local), decide)
+        return chosen, decode_assignment(own, local)
+
+    def _compare(self, prepared: PreparedState) -> None:
+        """Find out which replicated values differ, and on which ranks."""
+
+        def decide(messages: list[bytes]) -> Decision:
+            tables = [msgspec.msgpack.decode(m, type=dict[str, int]) for m in messages]
+            comparison = compare_details(tables)
+            if comparison.differing and self._strict_replicas:
+                raise InvalidPlanError(
+                    "ranks hold different values under one replicated key: "
+                    + comparison.describe(),
+                    kind="replicas_differ",
+                    checkpoint=self._checkpoint,
+                    tensor=next(iter(comparison.differing)),
+                    hint="make the ranks agree, or wrap rank-local values in PerRank",
+                )
+            return Decision(common=msgspec.msgpack.encode(comparison.describe()))
+
+        common, _ = self._operation.step(
+            "compare", lambda: msgspec.msgpack.encode(dict(prepared.compared)), decide
+        )
+        text = msgspec.msgpack.decode(common, type=str)
+        if text:
+            warnings.warn(
+                f"saving {self._checkpoint}: ranks hold different values under one replicated "
+                f"key, and only one is stored: {text}. Make the ranks agree, or wrap rank-local "
+                "values in PerRank",
+                ReplicasDifferWarning,
+                stacklevel=2,
+            )
+
+    def _located(self) -> AbstractContextManager[None]:
+        return located(checkpoint=self._checkpoint, rank=self._operation.rank)
