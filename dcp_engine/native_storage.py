@@ -175,8 +175,8 @@ class ColumnarWriter(StorageWriter):
 
 
 class ColumnarReader(StorageReader):
-    """Order of calls: ``open_checkpoint``, ``read_columns`` and ``read_object`` any number of
-    times, ``close_checkpoint``."""
+    """Order of calls: ``open_checkpoint`` (or ``adopt_manifest``), ``read_columns`` and
+    ``read_object`` any number of times, ``close_checkpoint``."""
 
     @property
     @abc.abstractmethod
@@ -196,6 +196,18 @@ class ColumnarReader(StorageReader):
     ) -> tuple[Manifest, CommitRecord]:
         """Read and check the manifest. With ``expected``, another one than that is
         ``ConflictError(kind="superseded")``."""
+
+    @abc.abstractmethod
+    def manifest_bytes(self, record: CommitRecord) -> bytes:
+        """What ``open_checkpoint`` read, as it lies on the medium now, for a rank that does not
+        see it. Another one than ``record`` is ``ConflictError(kind="superseded")``."""
+
+    @abc.abstractmethod
+    def adopt_manifest(
+        self, checkpoint_id: str | os.PathLike[str] | None, data: bytes, record: CommitRecord
+    ) -> Manifest:
+        """Open the checkpoint by the ``manifest_bytes`` of another rank. Bytes that are not those
+        of ``record`` are ``DamagedCheckpointError(kind="digest_mismatch")``."""
 
     @abc.abstractmethod
     def read_columns(

@@ -227,6 +227,11 @@ class StorageWriter(abc.ABC):
         """The save failed: remove what this rank wrote. Does nothing unless overridden."""
         return None
 
+    def leave_in_doubt(self) -> None:
+        """Whether the save was committed is not known: delete nothing, release what is held.
+        Does nothing unless overridden."""
+        return None
+
     @classmethod
     @abc.abstractmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -7,12 +7,18 @@ them (``read_files``).
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dcp_engine.errors import CheckpointError, ConflictError, DamagedCheckpointError
+from dcp_engine.errors import (
+    CheckpointError,
+    ConflictError,
+    DamagedCheckpointError,
+    StorageError,
+)
 from dcp_engine.format.digest import DigestTable, decode_digests, digest_value, xxh3_128_hex
 from dcp_engine.format.manifest import DataFile, Manifest
 from dcp_engine.format.shard_file import ParsedEntry, parse_data_start, parse_header
@@ -31,12 +37,21 @@ class HeaderIndex:
 
 
 class CheckpointFiles:
-    """Opened by manifest. Thread-safe."""
+    """Opened by manifest. Thread-safe.
 
-    def __init__(self, store: ByteStore, manifest: Manifest, *, verify_digests: bool) -> None:
+    Args:
+        store, manifest: of the checkpoint.
+        verify_digests: False: no digest of tensor data is read or compared.
+        adopted: the manifest came from another rank, because the medium did not show it here.
+    """
+
+    def __init__(
+        self, store: ByteStore, manifest: Manifest, *, verify_digests: bool, adopted: bool = False
+    ) -> None:
         self.store = store
         self.manifest = manifest
         self.verify_digests = verify_digests
+        self._adopted = adopted
         self._lock = threading.RLock()
         self._tables: dict[int, DigestTable] = {}
         self._headers: dict[int, HeaderIndex] = {}
@@ -75,6 +90,9 @@ class CheckpointFiles:
                 hint="take another checkpoint",
             ) from error
         except CheckpointError as error:
+            # NFS says ESTALE where others say that the file is gone.
+            if isinstance(error, StorageError) and error.errno == errno.ESTALE:
+                self._refuse_superseded(error)
             error.with_context(checkpoint=url, file=path, tensor=tensor)
             raise
         except OSError as error:
@@ -82,7 +100,7 @@ class CheckpointFiles:
                 tensor=tensor
             ) from error
 
-    def _refuse_superseded(self, error: FileNotFoundError) -> None:
+    def _refuse_superseded(self, error: OSError) -> None:
         present = present_checkpoint(self.store)
         if present != self.manifest.save_id:
             raise ConflictError(

@@ -6,6 +6,9 @@ belong here: data files (``verified_files``).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from dcp_engine.errors import (
     CheckpointError,
     ConflictError,
@@ -22,9 +25,12 @@ from dcp_engine.storage import ByteStore
 from storage_backends.garbage import data_directories
 from storage_backends.os_errors import storage_error
 
-__all__ = ["read_manifest"]
+__all__ = ["decode_manifest_bytes", "read_manifest", "read_manifest_bytes"]
 
 _ATTEMPTS = 3
+_JOINTS = re.compile(rb'(?<=\}\n)(?=\{"format":"dcp_engine",)')
+"""Between manifests that lie one behind the other. JSON has no place for it inside one: a line
+break stands unescaped in no string, and two objects never follow each other without a comma."""
 
 
 def read_manifest(
@@ -87,6 +93,15 @@ def _read_stable(store: ByteStore, name: str) -> bytes | None:
 
 def _read_rank_manifests(store: ByteStore) -> tuple[Manifest, CommitRecord]:
     """The manifests of a save without collectives, as one."""
+    contents = _rank_contents(store)
+    merged = _merge(contents, store.url)
+    joined = b"".join(contents)
+    return merged, CommitRecord(
+        save_id=merged.save_id, manifest_size=len(joined), manifest_xxh3=xxh3_128_hex(joined)
+    )
+
+
+def _rank_contents(store: ByteStore) -> list[bytes]:
     try:
         names = sorted(
             file.name
@@ -101,17 +116,55 @@ def _read_rank_manifests(store: ByteStore) -> tuple[Manifest, CommitRecord]:
         raise storage_error(
             error, "list the checkpoint", checkpoint=store.url, file=MANIFEST_NAME
         ) from error
-    contents = [data for name in names if (data := _read_whole(store, name)) is not None]
-    manifests = [decode_manifest(data, checkpoint=store.url) for data in contents]
+    return [data for name in names if (data := _read_whole(store, name)) is not None]
+
+
+def _merge(contents: Sequence[bytes], url: str) -> Manifest:
+    manifests = [decode_manifest(data, checkpoint=url) for data in contents]
     try:
-        merged = merge_manifests(manifests)
+        return merge_manifests(manifests)
     except CheckpointError as error:
-        error.with_context(checkpoint=store.url)
+        error.with_context(checkpoint=url)
         raise
-    joined = b"".join(contents)
-    return merged, CommitRecord(
-        save_id=merged.save_id, manifest_size=len(joined), manifest_xxh3=xxh3_128_hex(joined)
-    )
+
+
+def read_manifest_bytes(store: ByteStore, record: CommitRecord) -> bytes:
+    """What ``read_manifest`` found there: the manifest, or the ranks' manifests joined.
+
+    Raises ``ConflictError(kind="superseded")`` if it is no longer ``record``.
+    """
+    data = _read_stable(store, MANIFEST_NAME)
+    if data is None:
+        data = b"".join(_rank_contents(store))
+    if not _is_described(data, record):
+        raise _superseded(store, record)
+    return data
+
+
+def decode_manifest_bytes(data: bytes, record: CommitRecord, *, url: str) -> Manifest:
+    """The manifest that ``read_manifest_bytes`` read somewhere else.
+
+    Raises ``DamagedCheckpointError(kind="digest_mismatch")`` if it is not ``record``.
+    """
+    if not _is_described(data, record):
+        raise DamagedCheckpointError(
+            f"{len(data)} bytes were handed over, and they are not the manifest of "
+            f"{record.save_id}",
+            kind="digest_mismatch",
+            checkpoint=url,
+            file=MANIFEST_NAME,
+            hint="load again",
+        )
+    parts = _JOINTS.split(data)
+    if len(parts) == 1:
+        manifest = decode_manifest(data, checkpoint=url)
+        if manifest.rank is None:
+            return manifest
+    return _merge(parts, url)
+
+
+def _is_described(data: bytes, record: CommitRecord) -> bool:
+    return (len(data), xxh3_128_hex(data)) == (record.manifest_size, record.manifest_xxh3)
 
 
 def _nothing_committed(store: ByteStore) -> NotFoundError:

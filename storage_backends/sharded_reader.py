@@ -27,7 +27,11 @@ from dcp_engine.storage import ByteStore, Check
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.item_reads import load_objects, want_items
 from storage_backends.item_results import PLANNER_DATA_NAME
-from storage_backends.open_manifest import read_manifest
+from storage_backends.open_manifest import (
+    decode_manifest_bytes,
+    read_manifest,
+    read_manifest_bytes,
+)
 from storage_backends.read_files import Wanted, read_wanted
 from storage_backends.tensor_bytes import require_little_endian
 from storage_backends.wanted_rows import checked, wanted_of_columns, wanted_of_items
@@ -101,6 +105,12 @@ class ShardedReader(ColumnarReader):
     def open_checkpoint(
         self, checkpoint_id: CheckpointId | None, expected: CommitRecord | None = None
     ) -> tuple[Manifest, CommitRecord]:
+        store = self._open(checkpoint_id)
+        manifest, record = read_manifest(store, expected=expected)
+        self._files = CheckpointFiles(store, manifest, verify_digests=self._verify_digests)
+        return manifest, record
+
+    def _open(self, checkpoint_id: CheckpointId | None) -> ByteStore:
         require_little_endian()
         self.close_checkpoint()
         if checkpoint_id is not None:
@@ -111,9 +121,25 @@ class ShardedReader(ColumnarReader):
                 hint="pass checkpoint_id",
             )
         store = self._store = self._open_store(self._checkpoint_id)
-        manifest, record = read_manifest(store, expected=expected)
-        self._files = CheckpointFiles(store, manifest, verify_digests=self._verify_digests)
-        return manifest, record
+        return store
+
+    def manifest_bytes(self, record: CommitRecord) -> bytes:
+        store = self._store
+        if store is None:
+            raise UsageError(
+                "no checkpoint is open", checkpoint=self.checkpoint, hint="call open_checkpoint"
+            )
+        return read_manifest_bytes(store, record)
+
+    def adopt_manifest(
+        self, checkpoint_id: CheckpointId | None, data: bytes, record: CommitRecord
+    ) -> Manifest:
+        store = self._open(checkpoint_id)
+        manifest = decode_manifest_bytes(data, record, url=store.url)
+        self._files = CheckpointFiles(
+            store, manifest, verify_digests=self._verify_digests, adopted=True
+        )
+        return manifest
 
     def close_checkpoint(self) -> None:
         self._files = None

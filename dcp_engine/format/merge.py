@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dcp_engine.errors import DamagedCheckpointError, InvalidPlanError, NotFoundError
 from dcp_engine.format.lazy_maps import LazyMap
@@ -24,6 +25,7 @@ __all__ = ["merge_manifests"]
 _NAMED_RANKS = 20
 """How many ranks an error lists."""
 
+I64 = npt.NDArray[np.int64]
 V = TypeVar("V")
 Part = tuple[Manifest, int]
 """A manifest, and the row at which its data files begin in the merged table."""
@@ -151,13 +153,28 @@ def _join_chunks(holding: Sequence[tuple[StoredTensor, int]], ndim: int) -> Stor
     chunks = [tensor.chunks for tensor, _ in holding]
     files = [tensor.chunks.file + np.int32(base) for tensor, base in holding]
     nothing = np.empty(0, np.int64)
+    offsets = np.concatenate([c.offsets for c in chunks] or [nothing.reshape(0, ndim)])
+    sizes = np.concatenate([c.sizes for c in chunks] or [nothing.reshape(0, ndim)])
+    kept = _first_of_each(offsets, sizes)
     return StoredChunks(
-        offsets=np.concatenate([c.offsets for c in chunks] or [nothing.reshape(0, ndim)]),
-        sizes=np.concatenate([c.sizes for c in chunks] or [nothing.reshape(0, ndim)]),
-        file=np.concatenate(files or [nothing.astype(np.int32)]),
-        start=np.concatenate([c.start for c in chunks] or [nothing]),
-        nbytes=np.concatenate([c.nbytes for c in chunks] or [nothing]),
+        offsets=offsets[kept],
+        sizes=sizes[kept],
+        file=np.concatenate(files or [nothing.astype(np.int32)])[kept],
+        start=np.concatenate([c.start for c in chunks] or [nothing])[kept],
+        nbytes=np.concatenate([c.nbytes for c in chunks] or [nothing])[kept],
     )
+
+
+def _first_of_each(offsets: I64, sizes: I64) -> I64:
+    """Rows of boxes without those that an earlier row repeats, in order.
+
+    Ranks that cannot know of each other write the same box each: a tensor on a slice of a mesh
+    says nothing of the other slices. The lowest rank's counts.
+    """
+    if not len(offsets):
+        return np.empty(0, np.int64)
+    rows = np.concatenate([offsets, sizes], axis=1)
+    return np.sort(np.unique(rows, axis=0, return_index=True)[1])
 
 
 def _moved_tensor(tensor: StoredTensor, base: int) -> StoredTensor:
@@ -173,14 +190,13 @@ def _moved_object(entry: StoredObject, base: int) -> StoredObject:
 
 
 def _merge_objects(parts: Sequence[Part]) -> dict[str, StoredObject]:
+    """Every rank stores the shared objects it has, since none knows who else has them; the lowest
+    rank's counts."""
     objects: dict[str, StoredObject] = {}
-    sources: dict[str, Manifest] = {}
     for manifest, base in parts:
         for name, entry in manifest.objects.items():
-            if name in objects:
-                _contradict(sources[name], manifest, "who holds a shared object", name)
-            objects[name] = _moved_object(entry, base)
-            sources[name] = manifest
+            if name not in objects:
+                objects[name] = _moved_object(entry, base)
     return objects
 
 

@@ -1,8 +1,8 @@
 """A load as columns: default planner, engine's own reader.
 
-Steps: ``metadata`` (the coordinator reads the manifest and publishes which one it is), ``plan``
-(every rank reads that manifest and finds out what it needs; a destination that does not fit fails
-here, before a byte has moved), ``read``.
+Steps: ``metadata`` and ``manifest`` (all ranks come to one manifest, see ``agreed_manifest``),
+``plan`` (every rank finds out what it needs; a destination that does not fit fails here, before a
+byte has moved), ``read``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import CheckpointException
 from dcp_engine.format.manifest import Manifest
+from dcp_engine.loader.agreed_manifest import agree_on_manifest
 from dcp_engine.loader.destination import Destination, Path
-from dcp_engine.loader.manifest_wait import wait_for_manifest
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
 from dcp_engine.loader.options import LoadOptions
 from dcp_engine.loader.report import LoadReport
-from dcp_engine.native_storage import ColumnarReader, CommitRecord
+from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
 from dcp_engine.state.flatten import flatten
@@ -56,7 +56,6 @@ def load_columns(
     options: LoadOptions,
 ) -> LoadReport:
     """Carry one attempt at a load through on this rank."""
-    opened: list[Manifest] = []
     plans: list[_RankPlan] = []
 
     def here(action: Callable[[], bytes]) -> Callable[[], bytes]:
@@ -66,23 +65,10 @@ def load_columns(
 
         return local
 
-    def open_manifest() -> bytes:
-        reader.reset(checkpoint_id)
-        if not operation.is_coordinator:
-            return b""
-        manifest, record = reader.open_checkpoint(checkpoint_id)
-        opened.append(manifest)
-        return msgspec.msgpack.encode(record)
-
-    def publish(messages: list[bytes]) -> Decision:
-        return Decision(common=messages[operation.coordinator_rank])
-
     def plan() -> bytes:
-        if not opened:
-            opened.append(wait_for_manifest(operation, reader, checkpoint_id, record))
         plans.append(
             _plan(
-                opened[0],
+                agreed.open(),
                 destination,
                 checkpoint=reader.checkpoint,
                 planner=planner,
@@ -110,8 +96,7 @@ def load_columns(
 
     loaded: list[tuple[Path, object]] = []
     try:
-        common, _ = operation.step("metadata", here(open_manifest), publish)
-        record = msgspec.msgpack.decode(common, type=CommitRecord)
+        agreed = agree_on_manifest(operation, reader, checkpoint_id)
         operation.step("plan", here(plan), lambda _: Decision())
         try:
             common, _ = operation.step("read", here(read), _total)
@@ -128,7 +113,7 @@ def load_columns(
     for path, value in loaded:
         destination.put(path, value)
     return LoadReport(
-        save_id=record.save_id,
+        save_id=agreed.record.save_id,
         missing=plan_.missing,
         unexpected=plan_.unexpected,
         bytes_read=msgspec.msgpack.decode(common, type=int),

@@ -99,21 +99,16 @@ def save_items(
         _, own = operation.step("plan", local_plan, global_plan)
         common, _ = operation.step("write", write, finish, decide_phase="commit")
     except BaseException as error:
-        own = isinstance(writer, ColumnarWriter)
         settle_failure(
             operation,
             error,
             abort=writer.abort,
-            leave_in_doubt=writer.leave_in_doubt if own else _nothing,
+            leave_in_doubt=writer.leave_in_doubt,
             checkpoint=checkpoint,
         )
         raise
     metadata: Metadata = pickle.loads(common)
     return metadata
-
-
-def _nothing() -> None:
-    """A writer of another origin has no way to leave word; it is left alone."""
 
 
 def _compare_with_plan(

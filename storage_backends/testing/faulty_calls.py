@@ -273,6 +273,17 @@ class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
         )
         return opened
 
+    def manifest_bytes(self, record: CommitRecord) -> bytes:
+        return _as(bytes, self.schedule.call("manifest_bytes", self.inner, record))
+
+    def adopt_manifest(
+        self, checkpoint_id: str | os.PathLike[str] | None, data: bytes, record: CommitRecord
+    ) -> Manifest:
+        return _as(
+            Manifest,
+            self.schedule.call("adopt_manifest", self.inner, checkpoint_id, data, record),
+        )
+
     def read_columns(
         self,
         manifest: Manifest,

@@ -100,6 +100,24 @@ def test_a_reader_in_the_middle_of_a_load_is_told(tmp_path: Path) -> None:
     opened.close_checkpoint()
 
 
+def test_a_stale_handle_is_a_replaced_checkpoint(tmp_path: Path) -> None:
+    inner = FileSystemStore(tmp_path)
+    save([writer_on(inner)], whole(OLD), A)
+    stale = storage_error(OSError(errno.ESTALE, "stale"), "read", checkpoint="", file="")
+    store = FaultyByteStore(inner, [Fault(operation="read", name="*tensors", action=Fail(stale))])
+    opened = ShardedReader(lambda _: store, "x")
+    manifest, _ = opened.open_checkpoint(None)
+    columns = load_columns(manifest, [("w", (0,), torch.zeros(1000))])
+    with pytest.raises(StorageError):
+        opened.read_columns(manifest, columns, [torch.zeros(1000)], no_check)
+    save([writer_on(inner)], whole(NEW), B, keep_replaced=True)
+    store.add(Fault(operation="read", name="*tensors", action=Fail(stale)))
+    with pytest.raises(ConflictError) as caught:
+        opened.read_columns(manifest, columns, [torch.zeros(1000)], no_check)
+    assert caught.value.kind == "superseded"
+    opened.close_checkpoint()
+
+
 def test_two_saves_to_one_place_conflict(open_store: OpenStore) -> None:
     store = open_store()
     save([writer_on(store)], whole(OLD), A)
