@@ -50,11 +50,11 @@ layers: venv
 	$(BIN)/lint-imports
 
 unit: venv
-	$(BIN)/python -m pytest -q -n 2 -m 'not multirank' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not multirank' $(PYTEST_ARGS)
 
 # One after the other: each test is several processes already.
 multirank: venv
-	$(BIN)/python -m pytest -q -m multirank $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m multirank $(PYTEST_ARGS)
 
 venv: $(VENV)/.installed
 

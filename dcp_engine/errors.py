@@ -165,6 +165,8 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k != "message"}
+        if isinstance(self, OSError):
+            state["errno"] = self.errno  # OSError keeps it outside of __dict__
         return _rebuild, (type(self), self.message, state)
 
 
@@ -172,7 +174,8 @@ def _rebuild(cls: type[CheckpointError], message: str, state: dict[str, Any]) ->
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.message = message
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 

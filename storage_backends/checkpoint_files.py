@@ -17,10 +17,12 @@ from dcp_engine.errors import (
     CheckpointError,
     ConflictError,
     DamagedCheckpointError,
+    NotFoundError,
     StorageError,
 )
 from dcp_engine.format.digest import DigestTable, decode_digests, digest_value, xxh3_128_hex
 from dcp_engine.format.manifest import DataFile, Manifest
+from dcp_engine.format.names import MANIFEST_NAME
 from dcp_engine.format.shard_file import ParsedEntry, parse_data_start, parse_header
 from dcp_engine.storage import ByteStore, ReadRange
 from storage_backends.os_errors import storage_error
@@ -101,15 +103,25 @@ class CheckpointFiles:
             ) from error
 
     def _refuse_superseded(self, error: OSError) -> None:
+        """Raise if what was read is not there because there is another checkpoint now, or because
+        this rank does not see what the one that read the manifest sees."""
         present = present_checkpoint(self.store)
-        if present != self.manifest.save_id:
-            raise ConflictError(
-                f"checkpoint {self.manifest.save_id} was replaced while it was read "
-                f"({'there is none now' if present is None else f'there is {present} now'})",
-                kind="superseded",
+        if present == self.manifest.save_id:
+            return
+        if present is None and self._adopted:
+            raise NotFoundError(
+                "neither the manifest nor the data is here, though another rank reads them",
                 checkpoint=self.store.url,
-                hint="load again",
+                file=MANIFEST_NAME,
+                hint="check that all hosts mount the same storage at this path",
             ) from error
+        raise ConflictError(
+            f"checkpoint {self.manifest.save_id} was replaced while it was read "
+            f"({'there is none now' if present is None else f'there is {present} now'})",
+            kind="superseded",
+            checkpoint=self.store.url,
+            hint="load again, when nobody saves to this place",
+        ) from error
 
     def table(self, rank: int) -> DigestTable:
         """The digests of ``rank``'s files, themselves checked against the manifest."""

@@ -7,7 +7,7 @@ belong here: data files (``verified_files``).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from dcp_engine.errors import (
     CheckpointError,
@@ -95,13 +95,14 @@ def _read_rank_manifests(store: ByteStore) -> tuple[Manifest, CommitRecord]:
     """The manifests of a save without collectives, as one."""
     contents = _rank_contents(store)
     merged = _merge(contents, store.url)
-    joined = b"".join(contents)
+    joined = b"".join(contents.values())
     return merged, CommitRecord(
         save_id=merged.save_id, manifest_size=len(joined), manifest_xxh3=xxh3_128_hex(joined)
     )
 
 
-def _rank_contents(store: ByteStore) -> list[bytes]:
+def _rank_contents(store: ByteStore) -> dict[str, bytes]:
+    """The ranks' manifests, by name."""
     try:
         names = sorted(
             file.name
@@ -116,11 +117,18 @@ def _rank_contents(store: ByteStore) -> list[bytes]:
         raise storage_error(
             error, "list the checkpoint", checkpoint=store.url, file=MANIFEST_NAME
         ) from error
-    return [data for name in names if (data := _read_whole(store, name)) is not None]
+    read = ((name, _read_whole(store, name)) for name in names)
+    return {name: data for name, data in read if data is not None}
 
 
-def _merge(contents: Sequence[bytes], url: str) -> Manifest:
-    manifests = [decode_manifest(data, checkpoint=url) for data in contents]
+def _merge(contents: Mapping[str, bytes], url: str) -> Manifest:
+    manifests = []
+    for name, data in contents.items():
+        try:
+            manifests.append(decode_manifest(data, checkpoint=url))
+        except CheckpointError as error:
+            error.with_context(file=name)
+            raise
     try:
         return merge_manifests(manifests)
     except CheckpointError as error:
@@ -135,7 +143,7 @@ def read_manifest_bytes(store: ByteStore, record: CommitRecord) -> bytes:
     """
     data = _read_stable(store, MANIFEST_NAME)
     if data is None:
-        data = b"".join(_rank_contents(store))
+        data = b"".join(_rank_contents(store).values())
     if not _is_described(data, record):
         raise _superseded(store, record)
     return data
@@ -160,7 +168,7 @@ def decode_manifest_bytes(data: bytes, record: CommitRecord, *, url: str) -> Man
         manifest = decode_manifest(data, checkpoint=url)
         if manifest.rank is None:
             return manifest
-    return _merge(parts, url)
+    return _merge({f"manifest {at} of {len(parts)}": p for at, p in enumerate(parts)}, url)
 
 
 def _is_described(data: bytes, record: CommitRecord) -> bool:

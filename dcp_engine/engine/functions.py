@@ -130,7 +130,7 @@ def load(
         storage_reader: where from; by default the registered backend of ``checkpoint_id``.
         planner: what to read; ``DefaultLoadPlanner()`` by default.
         process_group, no_dist, timeout, stall_timeout, coordinator_rank: as in ``save``.
-        phase_timeouts: seconds by phase: ``metadata``, ``plan``, ``read``.
+        phase_timeouts: seconds by phase: ``metadata``, ``manifest``, ``plan``, ``read``.
         per_rank: what to do with ``PerRank`` values saved at another world size: ``"error"``,
             ``"skip"`` (keep what is there), or ``"list"`` (put a list of all ranks' values).
         allow_pickle: execute the pickle of objects that the safe encoding and

@@ -144,12 +144,21 @@ def _merge_tensor(source: tuple[str, list[Part]]) -> StoredTensor:
         shape=first.shape,
         owner=first.owner,
         alias_of=alias_of,
-        load_chunks=partial(_join_chunks, holding, len(first.shape)),
+        load_chunks=partial(_join_chunks, holding, first.shape),
         shares_bytes=alias_of is None and aliases > {None},
     )
 
 
-def _join_chunks(holding: Sequence[tuple[StoredTensor, int]], ndim: int) -> StoredChunks:
+def _join_chunks(
+    holding: Sequence[tuple[StoredTensor, int]], shape: tuple[int, ...]
+) -> StoredChunks:
+    if not holding and 0 not in shape:
+        raise DamagedCheckpointError(
+            "ranks know of the tensor, and none of them wrote it",
+            hint="without collectives rank 0 writes plain tensors, and the ranks of its mesh a "
+            "DTensor; the rank that should have written this one did not have it",
+        )
+    ndim = len(shape)
     chunks = [tensor.chunks for tensor, _ in holding]
     files = [tensor.chunks.file + np.int32(base) for tensor, base in holding]
     nothing = np.empty(0, np.int64)
@@ -171,9 +180,9 @@ def _first_of_each(offsets: I64, sizes: I64) -> I64:
     Ranks that cannot know of each other write the same box each: a tensor on a slice of a mesh
     says nothing of the other slices. The lowest rank's counts.
     """
-    if not len(offsets):
-        return np.empty(0, np.int64)
     rows = np.concatenate([offsets, sizes], axis=1)
+    if not rows.size:  # without dimensions all boxes are one
+        return np.arange(min(len(rows), 1))
     return np.sort(np.unique(rows, axis=0, return_index=True)[1])
 
 
@@ -181,7 +190,7 @@ def _moved_tensor(tensor: StoredTensor, base: int) -> StoredTensor:
     return replace(
         tensor,
         must_tile=True,
-        load_chunks=partial(_join_chunks, [(tensor, base)], len(tensor.shape)),
+        load_chunks=partial(_join_chunks, [(tensor, base)], tensor.shape),
     )
 
 

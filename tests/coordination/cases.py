@@ -141,9 +141,7 @@ def fail_in_decide(session: Session, how: str, coordinator: int = 0) -> Any:
     def decide(reports: list[bytes]) -> Decision:
         raise ERRORS[how]()
 
-    first = outcome(
-        lambda: one_step(session, lambda _: b"ok", decide, coordinator=coordinator)
-    )
+    first = outcome(lambda: one_step(session, lambda _: b"ok", decide, coordinator=coordinator))
     after = one_step(session, lambda _: str(session.rank).encode())
     return {**first, "after": after[0]}
 
@@ -408,9 +406,7 @@ def over_file_store(path: str) -> Any:
     """The job came together over a file."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
     with opened() as session:
         failed = fail_in_local(session, [1], "plain")
         result = one_step(session, lambda _: b"x" * (9 << 20))
@@ -454,9 +450,7 @@ def collective_decisions() -> Any:
             return Decision()
 
         with session.begin("save", "ckpt", deadlines=DEADLINES) as operation:
-            unknown = (
-                outcome(lambda: operation.decide_once("commit")) if session.rank else {}
-            )
+            unknown = outcome(lambda: operation.decide_once("commit")) if session.rank else {}
             operation.step("write", lambda: b"", commit if session.rank == 0 else echo)
             known = operation.decide_once("abort")
     return unknown.get("kind"), known

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.multirank
 @pytest.mark.parametrize("failing", ["0", "1", "all"])
 def test_a_failure_is_raised_on_every_rank(ranks: RankPool, world_size: int, failing: str) -> None:
     expected = list(range(world_size)) if failing == "all" else [int(failing)]
-    for result in ranks.run(
-        world_size, cases.run_with_session, "fail_in_local", expected, "plain"
-    ):
+    for result in ranks.run(world_size, cases.run_with_session, "fail_in_local", expected, "plain"):
         assert result["type"] == "CheckpointException"
         assert sorted(result["ranks"]) == expected
         assert all(text == "plain boom" for text in result["texts"].values())
@@ -37,9 +35,7 @@ def test_any_exception_travels(ranks: RankPool, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["interrupt", "exit"])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_exit_is_raised_again_on_its_own_rank(
-    ranks: RankPool, how: str, failing: int
-) -> None:
+def test_an_exit_is_raised_again_on_its_own_rank(ranks: RankPool, how: str, failing: int) -> None:
     results = ranks.run(2, cases.run_with_session, "fail_in_local", [failing], how)
     own = "KeyboardInterrupt" if how == "interrupt" else "SystemExit"
     assert results[failing]["type"] == own
@@ -97,9 +93,9 @@ def test_a_coordinator_that_never_decides_is_named(ranks: RankPool) -> None:
 def test_a_lost_store_names_its_host_and_no_ranks(
     ranks: RankPool, how: str, in_local: bool
 ) -> None:
-    result = ranks.run(
-        2, cases.strike_store_host, how, in_local, expect_kill=[0], host_in_rank=0
-    )[1]
+    result = ranks.run(2, cases.strike_store_host, how, in_local, expect_kill=[0], host_in_rank=0)[
+        1
+    ]
     assert (result["kind"], result["decided"]) == ("store_lost", "store_lost")
     assert "the store at localhost:" in result["text"]
     assert 0 not in result["ranks"]

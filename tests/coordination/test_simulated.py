@@ -105,9 +105,7 @@ def test_a_failed_operation_stays_failed() -> None:
 
 def test_a_wrong_number_of_answers_fails_everywhere() -> None:
     def fn(session: StoreSession) -> Any:
-        return outcome(
-            lambda: one_step(session, lambda _: b"", lambda _: Decision(per_rank=[b""]))
-        )
+        return outcome(lambda: one_step(session, lambda _: b"", lambda _: Decision(per_rank=[b""])))
 
     for result in run(2, fn):
         assert (result["ranks"], result["kind"]) == ([0], "usage")
@@ -149,9 +147,7 @@ def test_a_coordinator_that_never_comes_is_named_at_the_deadline() -> None:
     def fn(session: StoreSession) -> Any:
         if session.rank == 0:
             return None
-        return outcome(
-            lambda: one_step(session, lambda _: b"", deadlines=Deadlines(timeout=0.3))
-        )
+        return outcome(lambda: one_step(session, lambda _: b"", deadlines=Deadlines(timeout=0.3)))
 
     for result in run(3, fn, rhythm=RHYTHM)[1:]:
         assert (result["kind"], result["ranks"]) == ("timeout", [0])
@@ -160,8 +156,7 @@ def test_a_coordinator_that_never_comes_is_named_at_the_deadline() -> None:
 def test_sessions_of_one_store_do_not_meet() -> None:
     store = MemoryStore()
     names = [
-        results_of(run_simulated(2, lambda session: session.name, store=store))[0]
-        for _ in range(3)
+        results_of(run_simulated(2, lambda session: session.name, store=store))[0] for _ in range(3)
     ]
     assert len(set(names)) == 3
     assert store.keys() == []

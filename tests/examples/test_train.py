@@ -31,17 +31,16 @@ def digests(file: Path) -> dict[str, str]:
 
 
 def test_resumed_job_ends_with_the_same_bits(jobs: ModuleType, tmp_path: Path) -> None:
-    def run(name: str, ranks: int, checkpoint: str, steps: int, *more: str) -> dict[str, str]:
+    def run(name: str, checkpoint: str, steps: int, *more: str) -> dict[str, str]:
         results = tmp_path / name
         where = ["--checkpoint", str(tmp_path / checkpoint), "--steps", str(steps)]
-        with jobs.Job(ranks, results, [*SMALL, *where, *more]) as job:
+        with jobs.Job(2, results, [*SMALL, *where, *more]) as job:
             job.wait(120)
         return digests(results / "final.json")
 
-    uninterrupted = run("uninterrupted", 2, "a", 4)
-    run("first-half", 2, "b", 2)
-    assert run("second-half", 2, "b", 4, "--resume") == uninterrupted
-    assert run("alone", 1, "b", 0, "--resume", "--other-world-size") == uninterrupted
+    uninterrupted = run("uninterrupted", "a", 4)
+    run("first-half", "b", 2)
+    assert run("second-half", "b", 4, "--resume") == uninterrupted
 
     halfway = digests(tmp_path / "uninterrupted" / "step000002.json")
     assert halfway == digests(tmp_path / "first-half" / "final.json")

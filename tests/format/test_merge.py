@@ -132,9 +132,7 @@ def test_ranks_that_contradict_each_other_are_named() -> None:
     assert "dtype or shape" in invalid(changed)
     changed[2] = replace(content(2), nesting=encode_nesting({"w": ("x", "w")}, {}))
     assert "'w' differently" in invalid(changed)
-    objects = [StoredObject(name="only0", pickled=False, inline=b"\x01N")]
-    changed[2] = replace(content(2), objects=objects)
-    assert "who holds a shared object" in invalid(changed)
+    changed[2] = content(2)
     objects = [StoredObject(name="x", pickled=False, inline=b"\x01N", owner=1)] * 1
     changed[1] = replace(content(1), objects=objects)
     changed[2] = replace(content(2), objects=objects)
@@ -143,6 +141,45 @@ def test_ranks_that_contradict_each_other_are_named() -> None:
     objects = [StoredObject(name="w", pickled=False, inline=b"\x01N")]
     changed[2] = replace(content(2), rows=[], objects=objects)
     assert "disagree whether it is a tensor" in invalid(changed)
+
+
+def test_of_shared_objects_the_lowest_ranks_counts() -> None:
+    changed = parts()
+    for rank in (1, 2):
+        mine = StoredObject(name="step", pickled=False, inline=bytes([1, rank]))
+        changed[rank] = replace(changed[rank], objects=[*changed[rank].objects, mine])
+    large = StoredObject(name="only2", pickled=False, file=0, start=200, nbytes=9)
+    changed[1] = replace(changed[1], objects=[*changed[1].objects, large])
+    manifest = merge_manifests(decoded(changed))
+    assert manifest.objects["step"].inline == b"\x01\x01"
+    assert (manifest.objects["only2"].file, manifest.objects["only2"].start) == (2, 200)
+    manifest.validate()
+
+
+@pytest.mark.parametrize("ndim", [0, 2])
+def test_a_box_that_several_ranks_wrote_counts_once(ndim: int) -> None:
+    changed = parts()
+    shape = (4, 3)[:ndim]
+    for rank in range(3):
+        chunks = [((0, 0)[:ndim], (2, 3)[:ndim], 0, 100), ((2, 0)[:ndim], (2, 3)[:ndim], 1, 100)]
+        mine = chunks[: 1 if ndim == 0 else 2] if rank else chunks[:1]
+        changed[rank].rows = [*changed[rank].rows, Row(name="row", shape=shape, chunks=mine)]
+    manifest = merge_manifests(decoded(changed))
+    manifest.validate()
+    chunks = manifest.tensors["row"].chunks
+    assert chunks.file.tolist() == ([0, 3] if ndim else [0])
+    assert chunks.offsets.tolist() == ([[0, 0], [2, 0]] if ndim else [[]])
+
+
+def test_boxes_that_cross_are_still_refused() -> None:
+    changed = parts()
+    changed[1].rows = [
+        Row(name="w", shape=(6, 4), chunks=[((1, 0), (2, 4), 0, 0)]),
+        *changed[1].rows[1:],
+    ]
+    with pytest.raises(DamagedCheckpointError) as caught:
+        merge_manifests(decoded(changed)).validate()
+    assert caught.value.kind == "chunks_overlap"
 
 
 def test_a_rank_without_its_chunk_leaves_a_gap() -> None:

@@ -49,14 +49,11 @@ class RanksFailed(AssertionError):
 class _Rank:
     """One process, and the pipe to it."""
 
-    def __init__(self, slot: int, logs: Path) -> None:
-        self.slot = slot
-        self.log = logs / f"rank{slot}-{time.monotonic_ns()}.log"
+    def __init__(self, logs: Path) -> None:
+        self.log = logs / f"rank-{time.monotonic_ns()}.log"
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, str(self.log)), name=f"rank{slot}", daemon=True
-        )
+        self.process = context.Process(target=serve, args=(theirs, str(self.log)), daemon=True)
         with _environment():
             self.process.start()
         theirs.close()
@@ -66,7 +63,7 @@ class _Rank:
         if self.ready:
             return
         if not self.pipe.poll(_START_LIMIT) or self.pipe.recv() != "ready":
-            raise RanksFailed(f"rank process {self.slot} did not start\n{self.log.read_text()}")
+            raise RanksFailed(f"a rank process did not start\n{_tail(self.log)}")
         self.ready = True
 
     def kill(self) -> None:
@@ -95,6 +92,7 @@ class RankPool:
     def __init__(self) -> None:
         self._logs = Path(tempfile.mkdtemp(prefix="dcp-engine-ranks-"))
         self._ranks: dict[int, _Rank] = {}
+        self._spares: list[_Rank] = []
         self._case = 0
         self._store = dist.TCPStore(
             "localhost", 0, None, True, timeout=_STORE_TIMEOUT, wait_for_workers=False
@@ -162,16 +160,17 @@ class RankPool:
 
     def close(self) -> None:
         """End all ranks."""
-        for rank in self._ranks.values():
+        for rank in [*self._ranks.values(), *self._spares]:
             rank.kill()
         self._ranks.clear()
+        self._spares.clear()
         shutil.rmtree(self._logs, ignore_errors=True)
 
     def _members(self, world_size: int) -> list[_Rank]:
         for slot in range(world_size):
             present = self._ranks.get(slot)
             if present is None or not present.process.is_alive():
-                self._ranks[slot] = _Rank(slot, self._logs)
+                self._ranks[slot] = self._spares.pop() if self._spares else _Rank(self._logs)
         members = [self._ranks[slot] for slot in range(world_size)]
         for member in members:
             member.wait_until_ready()
@@ -212,6 +211,9 @@ class RankPool:
         for member, reply in zip(members, replies, strict=True):
             if not reply.usable:
                 member.kill()
+                # Started now, so that it is there when the next case asks: tests that lose ranks
+                # mostly wait for deadlines.
+                self._spares.append(_Rank(self._logs))
 
 
 def _stacks(member: _Rank) -> str:

@@ -39,7 +39,6 @@ def whole_tensor(rows: int) -> list[int]:
     return list(tensor.full_tensor().tolist())
 
 
-
 def unreadable() -> object:
     return lambda: None
 

@@ -120,13 +120,15 @@ def _join(case: Case, rank: int, kept: list[Any]) -> None:
             store.set("port", str(base.port))
             kept.append(base)
         else:
-            base = dist.TCPStore(
-                "localhost", int(store.get("port")), None, False, timeout=timeout
-            )
+            base = dist.TCPStore("localhost", int(store.get("port")), None, False, timeout=timeout)
         store = base
     dist.init_process_group(
         case.backend, store=store, rank=rank, world_size=case.world_size, timeout=timeout
     )
+    # gloo breaks if a rank leaves while others still connect
+    if store.add("connected", 1) == case.world_size:
+        store.set("all connected", "")
+    store.wait(["all connected"], timeout)
 
 
 def _leave() -> None:

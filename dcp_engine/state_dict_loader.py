@@ -1,0 +1,7 @@
+"""``load`` under the name of torch's module of it. The function is in ``engine``."""
+
+from __future__ import annotations
+
+from dcp_engine.engine import load
+
+__all__ = ["load"]
