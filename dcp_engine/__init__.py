@@ -18,6 +18,7 @@ from dcp_engine.default_planner import (
     create_default_local_save_plan,
 )
 from dcp_engine.engine import Engine, default_engine, load, read_extra, save
+from dcp_engine.engine import open_checkpoint as open
 from dcp_engine.errors import (
     CheckpointError,
     CheckpointException,
@@ -34,6 +35,7 @@ from dcp_engine.errors import (
     UsageError,
 )
 from dcp_engine.loader import LoadReport
+from dcp_engine.loader.random_access import Checkpoint, LazyObject, LazyTensor
 from dcp_engine.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -55,7 +57,7 @@ from dcp_engine.planner import (
     WriteItem,
     WriteItemType,
 )
-from dcp_engine.saver.agreement import ReplicasDifferWarning
+from dcp_engine.saver.compare import ReplicasDifferWarning
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.stateful import Stateful
 from dcp_engine.storage import (
@@ -77,6 +79,7 @@ __all__ = [
     "ByteStoreFile",
     "BytesIOWriteData",
     "BytesStorageMetadata",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointException",
     "ChunkStorageMetadata",
@@ -89,6 +92,8 @@ __all__ = [
     "FileSystemReader",
     "FileSystemWriter",
     "InvalidPlanError",
+    "LazyObject",
+    "LazyTensor",
     "LoadItemType",
     "LoadPlan",
     "LoadPlanner",
@@ -125,6 +130,7 @@ __all__ = [
     "create_default_local_save_plan",
     "default_engine",
     "load",
+    "open",
     "prune",
     "read_extra",
     "save",

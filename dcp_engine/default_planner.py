@@ -29,6 +29,7 @@ from dcp_engine.planning.item_state import (
     ItemState,
     flatten_sharded_tensors,
     flatten_state_dict,
+    has_leaf,
     local_read_items,
     local_write_items,
     materialize_meta_tensors,
@@ -36,14 +37,17 @@ from dcp_engine.planning.item_state import (
     put_leaf,
 )
 from dcp_engine.state.adapters import FLATTEN_KEY
+from dcp_engine.state.values import Value
 
 __all__ = [
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
+    "adopt_replaced_tensors",
     "create_default_global_load_plan",
     "create_default_global_save_plan",
     "create_default_local_load_plan",
     "create_default_local_save_plan",
+    "described_values",
     "flatten_state_dict",
     "is_default_load_planner",
     "is_default_save_planner",
@@ -310,6 +314,29 @@ def create_default_local_load_plan(
 def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
     """The plans as they are: ranks read what they asked for."""
     return all_plans
+
+
+def described_values(planner: DefaultSavePlanner) -> list[Value]:
+    """What ``planner`` holds on this rank, after ``set_up_planner``."""
+    state_dict = getattr(planner, "state_dict", {})
+    return [v for fqn, value in state_dict.items() for v in planner._lookup.describe(fqn, value)]
+
+
+def adopt_replaced_tensors(planner: DefaultLoadPlanner, before: Mapping[str, Any]) -> None:
+    """Put tensors that a method of ``planner`` (``commit_tensor``, as torch's documentation shows
+    it) put into its flat ``state_dict`` where they belong in ``original_state_dict``.
+
+    Args:
+        before: ``planner.state_dict`` as it was when the load was planned.
+    """
+    for fqn, value in planner.state_dict.items():
+        old = before.get(fqn)
+        if value is old or not isinstance(value, torch.Tensor) or old is None:
+            continue
+        path = planner.mappings.get(fqn, (fqn,))
+        # A planner that renames keys has no place for them there, or the place of another value.
+        if has_leaf(planner.original_state_dict, path, old):
+            put_leaf(planner.original_state_dict, path, value)
 
 
 def is_default_save_planner(planner: SavePlanner) -> bool:

@@ -100,12 +100,13 @@ class CheckpointError(Exception):
         file: the file inside the checkpoint.
         tensor: the fully qualified name of the tensor or object.
         rank: the rank that met the error, in the process group of the operation.
-        hint: what to do next.
+        hint: what to do next; where it is not given, the class's ``default_hint``.
 
     The text of the exception holds all of these; they are also attributes.
     """
 
     default_kind = "io_error"
+    default_hint: str | None = None
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class CheckpointError(Exception):
         self.file = file
         self.tensor = tensor
         self.rank = rank
-        self.hint = hint
+        self.hint = hint if hint is not None else self.default_hint
         super().__init__(message)
 
     def with_context(
@@ -183,6 +184,7 @@ class NotFoundError(CheckpointError, KeyError):
     """There is no committed checkpoint to read."""
 
     default_kind = "not_found"
+    default_hint = "check the path"
     __str__ = CheckpointError.__str__
 
 
@@ -190,24 +192,28 @@ class DamagedCheckpointError(CheckpointError):
     """What is stored is not what was written. Take another checkpoint."""
 
     default_kind = "manifest_invalid"
+    default_hint = "take another checkpoint"
 
 
 class UnsupportedVersionError(CheckpointError):
     """The checkpoint needs another version of dcp_engine."""
 
     default_kind = "unsupported_version"
+    default_hint = "install a newer dcp_engine"
 
 
 class StateMismatchError(CheckpointError, ValueError):
     """The destination does not fit the checkpoint. Change the state dict or the options."""
 
     default_kind = "shape_mismatch"
+    default_hint = "make the destination what was saved, or leave the key out"
 
 
 class UnsupportedStateError(CheckpointError, TypeError):
     """The state dict holds something that could not be loaded again. Nothing was written."""
 
     default_kind = "unsupported_state"
+    default_hint = "make it plain tensors and objects, or leave it out"
 
 
 class InvalidPlanError(CheckpointError, ValueError):
@@ -220,6 +226,7 @@ class StorageError(CheckpointError, OSError):
     """The medium failed or refused. Free space, mend permissions, try again."""
 
     default_kind = "io_error"
+    default_hint = "look for what is wrong with the medium, and try again"
     __str__ = CheckpointError.__str__
 
 
@@ -227,6 +234,7 @@ class ConflictError(CheckpointError):
     """Somebody else wrote to the same checkpoint, or the outcome of the commit is unknown."""
 
     default_kind = "conflict"
+    default_hint = "save again"
 
 
 class CoordinationError(CheckpointError):

@@ -113,6 +113,11 @@ class ColumnarWriter(StorageWriter):
         """The checkpoint's id, for messages."""
 
     @abc.abstractmethod
+    def announce(self, ticket: SaveTicket) -> None:
+        """Before ``set_up_storage_writer``, where DCP's life cycle runs: what it has no argument
+        for. Holds until the save ends."""
+
+    @abc.abstractmethod
     def observe(self, checkpoint_id: str | os.PathLike[str] | None) -> str | None:
         """The save id of the checkpoint that is there now, or None."""
 
@@ -219,6 +224,11 @@ class ColumnarReader(StorageReader):
     ) -> int:
         """Fill the destinations; every block of bytes is verified before it counts. Returns the
         number of bytes read."""
+
+    @abc.abstractmethod
+    def local_data_file(self, manifest: Manifest, row: int) -> str | None:
+        """The local path of data file ``row`` of the manifest, its size checked; None where the
+        medium is not a local file system."""
 
     @abc.abstractmethod
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:

@@ -141,7 +141,9 @@ class ByteStore(abc.ABC):
 
     @abc.abstractmethod
     def list(self, prefix: str = "") -> Iterable[StoredFile]:
-        """All files whose names begin with ``prefix``, in any order."""
+        """All files whose names begin with ``prefix``, in any order. A directory that holds
+        nothing is listed too, as its name with ``/`` at the end and size 0, where the medium has
+        directories: ``delete`` takes that name."""
 
     @abc.abstractmethod
     def replace(self, source: str, target: str) -> None:

@@ -165,6 +165,13 @@ class CheckpointFiles:
                 hint="take another checkpoint",
             )
 
+    def local_path(self, row: int) -> str | None:
+        """The local path of data file ``row``, whose size is right; None if it has none."""
+        file = self.manifest.data_files[row]
+        with self.reading(file.name):
+            self._compare_size(file.name, file.size)
+        return self.store.local_path(self.path(file.name))
+
     def header(self, row: int) -> HeaderIndex:
         """The header of data file ``row``, checked: the file's size, the header's own digest, and
         that it is a valid one."""

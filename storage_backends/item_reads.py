@@ -18,7 +18,15 @@ from dcp_engine.plan import LoadItemType, ReadItem
 from dcp_engine.planner import LoadPlanner
 from dcp_engine.planning.item_bytes import to_item_bytes
 
-__all__ = ["WantedItem", "load_objects", "want_items"]
+__all__ = ["ReadingRank", "WantedItem", "load_objects", "want_items"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingRank:
+    """Who reads, as far as the reader was told. Only ``PerRank`` values need it."""
+
+    rank: int | None = None
+    world_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +50,7 @@ def want_items(
     manifest: Manifest,
     planner: LoadPlanner,
     *,
-    rank: int,
+    place: ReadingRank,
     checkpoint: str,
 ) -> list[WantedItem]:
     """The tensor items of a plan, each with its chunk and its destination."""
@@ -52,7 +60,7 @@ def want_items(
         if item.type.name == _BYTES:
             continue
         name = item.storage_index.fqn
-        stored = _tensor(manifest, name, rank, checkpoint)
+        stored = _tensor(manifest, name, place, checkpoint)
         if name not in rows:
             rows[name] = {
                 tuple(offsets): row for row, offsets in enumerate(stored.chunks.offsets.tolist())
@@ -83,22 +91,42 @@ def want_items(
     return wanted
 
 
-def _tensor(manifest: Manifest, name: str, rank: int, checkpoint: str) -> StoredTensor:
+def _tensor(manifest: Manifest, name: str, place: ReadingRank, checkpoint: str) -> StoredTensor:
     found = manifest.tensors.get(name)
-    if found is None:
-        found = manifest.per_rank_tensors.get(name, {}).get(rank)
+    if found is None and name in manifest.per_rank_tensors:
+        rank = _own_rank(manifest, name, place, checkpoint)
+        found = manifest.per_rank_tensors[name].get(rank)
     if found is None:
         raise _missing(name, "tensor", checkpoint)
     return found
 
 
-def _object(manifest: Manifest, name: str, rank: int, checkpoint: str) -> StoredObject:
+def _object(manifest: Manifest, name: str, place: ReadingRank, checkpoint: str) -> StoredObject:
     found = manifest.objects.get(name)
-    if found is None:
-        found = manifest.per_rank_objects.get(name, {}).get(rank)
+    if found is None and name in manifest.per_rank_objects:
+        rank = _own_rank(manifest, name, place, checkpoint)
+        found = manifest.per_rank_objects[name].get(rank)
     if found is None:
         raise _missing(name, "object", checkpoint)
     return found
+
+
+def _own_rank(manifest: Manifest, name: str, place: ReadingRank, checkpoint: str) -> int:
+    """Whose value of several the reading rank gets: its own, of as many ranks as saved."""
+    if place.rank is not None and place.world_size in (None, manifest.world_size):
+        return place.rank
+    raise StateMismatchError(
+        f"the value is one of each rank's own, saved by {manifest.world_size} ranks, and "
+        + (
+            f"{place.world_size} ranks read it"
+            if place.rank is not None
+            else "the reader was not told which rank reads it"
+        ),
+        kind="world_size_mismatch",
+        checkpoint=checkpoint,
+        tensor=name,
+        hint="load it with the default planner and the engine's own reader, and per_rank=",
+    )
 
 
 def _missing(name: str, what: str, checkpoint: str) -> StateMismatchError:
@@ -116,12 +144,12 @@ def load_objects(
     planner: LoadPlanner,
     fetch: Callable[[StoredObject], bytes],
     *,
-    rank: int,
+    place: ReadingRank,
     checkpoint: str,
 ) -> None:
     """Hand the planner the bytes of its byte items."""
     for item in items:
         if item.type.name == _BYTES:
-            stored = _object(manifest, item.storage_index.fqn, rank, checkpoint)
+            stored = _object(manifest, item.storage_index.fqn, place, checkpoint)
             encoded = EncodedObject(fetch(stored), pickled=stored.pickled)
             planner.load_bytes(item, to_item_bytes(encoded, fqn=stored.name))

@@ -25,7 +25,7 @@ from dcp_engine.planner import LoadPlanner
 from dcp_engine.planning.columns import LoadColumns
 from dcp_engine.storage import ByteStore, Check
 from storage_backends.checkpoint_files import CheckpointFiles
-from storage_backends.item_reads import load_objects, want_items
+from storage_backends.item_reads import ReadingRank, load_objects, want_items
 from storage_backends.item_results import PLANNER_DATA_NAME
 from storage_backends.open_manifest import (
     decode_manifest_bytes,
@@ -88,7 +88,7 @@ class ShardedReader(ColumnarReader):
         self._verify_digests = verify_digests
         self._store: ByteStore | None = None
         self._files: CheckpointFiles | None = None
-        self._rank = 0
+        self._place = ReadingRank()
 
     # What both faces share
 
@@ -170,6 +170,9 @@ class ShardedReader(ColumnarReader):
         wanted = wanted_of_columns(plan, tensors, checkpoint=files.store.url)
         return read_wanted(files, checked(files, wanted), threads=self._threads, check=check)
 
+    def local_data_file(self, manifest: Manifest, row: int) -> str | None:
+        return self._opened(manifest).local_path(row)
+
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
         if stored.inline is not None:
             return stored.inline
@@ -210,6 +213,7 @@ class ShardedReader(ColumnarReader):
 
     def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
         self.close_checkpoint()
+        self._place = ReadingRank()
         if checkpoint_id is not None:
             self._checkpoint_id = checkpoint_id
 
@@ -227,9 +231,12 @@ class ShardedReader(ColumnarReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Learn this rank's part; ``rank`` may come as a keyword."""
-        rank = kwargs.get("rank")
-        self._rank = 0 if rank is None else int(rank)
+        """Learn this rank's part; ``rank`` and ``world_size`` may come as keywords."""
+        rank, world_size = kwargs.get("rank"), kwargs.get("world_size")
+        self._place = ReadingRank(
+            rank=None if rank is None else int(rank),
+            world_size=None if world_size is None else int(world_size),
+        )
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -244,7 +251,7 @@ class ShardedReader(ColumnarReader):
                 "no checkpoint is open", checkpoint=self.checkpoint, hint="call read_metadata"
             )
         manifest, url = files.manifest, files.store.url
-        items = want_items(plan.items, manifest, planner, rank=self._rank, checkpoint=url)
+        items = want_items(plan.items, manifest, planner, place=self._place, checkpoint=url)
         wanted = checked(files, wanted_of_items(items, checkpoint=url))
         read_wanted(files, wanted, threads=self._threads, check=_nothing_to_check)
         for want in items:
@@ -254,7 +261,7 @@ class ShardedReader(ColumnarReader):
             manifest,
             planner,
             lambda stored: self.read_object(manifest, stored),
-            rank=self._rank,
+            place=self._place,
             checkpoint=url,
         )
         future: Future[None] = Future()

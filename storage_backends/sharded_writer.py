@@ -230,14 +230,17 @@ class ShardedWriter(ColumnarWriter):
         if checkpoint_id is not None:
             self._checkpoint_id = checkpoint_id
 
+    def announce(self, ticket: SaveTicket) -> None:
+        self._ticket = ticket
+
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Learn this rank's part.
 
         Keywords: ``rank`` and ``use_collectives``, as DCP passes them, and ``ticket``, a
-        ``SaveTicket`` with all that a saver knows (needed without collectives).
+        ``SaveTicket`` with all that a saver knows, unless ``announce`` told it (needed without
+        collectives).
         """
-        ticket: SaveTicket | None = kwargs.get("ticket")
-        self._ticket = ticket
+        ticket = self._ticket = kwargs.get("ticket", self._ticket)
         self._is_coordinator = is_coordinator
         rank = kwargs.get("rank")
         self._rank = ticket.rank if ticket is not None else (0 if rank is None else int(rank))

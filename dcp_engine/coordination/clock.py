@@ -63,6 +63,20 @@ class OperationClock:
             left.append(entered + self.deadlines.phases[phase] - now)
         return min(left) if left else None
 
+    def remaining_for_verdict(self, decide_phase: str) -> float | None:
+        """Seconds that may pass until the coordinator's verdict, for a rank that has reported in
+        the present phase: what is left of the phase for the others, and then the coordinator's
+        own phase, if both are limited; and the whole operation's."""
+        phase, entered = self._phase
+        limits = self.deadlines.phases
+        now = self.now()
+        left: list[float] = []
+        if self.deadlines.timeout is not None:
+            left.append(self.started + self.deadlines.timeout - now)
+        if phase in limits and decide_phase in limits:
+            left.append(entered + limits[phase] + limits[decide_phase] - now)
+        return min(left) if left else None
+
     def waited(self) -> str:
         """What has been waited for how long, for messages: ``in phase "write" after 30 s``."""
         phase, entered = self._phase

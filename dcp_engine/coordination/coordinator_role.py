@@ -32,6 +32,7 @@ class CoordinatorRole(Role):
         self._others = [rank for rank in range(self.world_size) if rank != self.rank]
         self._state: Literal["idle", "local", "gathering", "deciding"] = "idle"
         self._phase = ""
+        self._decide_phase = ""
         self._own_payload = b""
         self._gathering_since = 0.0
         self._next_poll = 0.0
@@ -54,13 +55,14 @@ class CoordinatorRole(Role):
 
     # -- the calling thread asks ---------------------------------------------------------------
 
-    def begin_step(self, step: int, phase: str) -> None:
+    def begin_step(self, step: int, phase: str, decide_phase: str) -> None:
         """``local`` begins; from now on the others may be missed."""
         now = self.clock.now()
         if self.step < 0:
-            self._next_tick = now + self.rhythm.interval
+            self._next_tick = now  # the others learn at once that there is a coordinator
         self.step = step
         self._phase = phase
+        self._decide_phase = decide_phase
         self._state = "local"
         self._next_poll = now + self.rhythm.idle_poll
         self._next_observation = now + self._observation_interval()
@@ -112,7 +114,8 @@ class CoordinatorRole(Role):
         """Say how far the events are removed, and leave."""
         self._remove_events(limit=None)
         self.client.set(self.keys.first_event, str(self._first_event).encode())
-        self._leave(clean=True, own=[])
+        # An alarm may have written the pulse of a rank that had left already.
+        self._leave(clean=self._first_failure is None, own=[])
 
     # -- turns ---------------------------------------------------------------------------------
 
@@ -181,6 +184,7 @@ class CoordinatorRole(Role):
             return
         payloads.insert(self.rank, self._own_payload)
         self._state = "deciding"
+        self.clock.enter(self._decide_phase)
         self._resolve(Granted(reports=payloads))
 
     def _out_of_step(self, rank: int, report: Report) -> FailureRecord:

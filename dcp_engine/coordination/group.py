@@ -124,7 +124,8 @@ def store_access(process_group: dist.ProcessGroup | None) -> StoreAccess | None:
         )
     if isinstance(base, _stores.FileStore):
         return StoreAccess(
-            connect=lambda: cast(KeyValueStore, _clone(store) or store), location=location
+            connect=lambda: cast(KeyValueStore, _clone(store) or _OneForAll(store)),
+            location=location,
         )
     return StoreAccess(connect=lambda: _OneForAll(store), location=location)
 

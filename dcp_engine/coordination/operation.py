@@ -93,16 +93,15 @@ class StoreOperation(Operation):
         self._step += 1
         self._clock.enter(phase)
         step = self._step
+        second = decide_phase or phase
         try:
-            self._started().ask(lambda role: role.begin_step(step, phase))
+            self._started().ask(lambda role: role.begin_step(step, phase, second))
             try:
                 self.check()
                 payload = bytes(local())
             except BaseException as error:
                 self._fail(phase, error)
             reply = self._await(lambda role, future: role.report(payload, phase, future))
-            second = decide_phase or phase
-            self._clock.enter(second)
             granted = self._granted(reply, phase, None)
             if granted.reports is None:
                 return granted.common, granted.answer

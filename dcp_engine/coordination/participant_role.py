@@ -35,6 +35,7 @@ class ParticipantRole(Role):
         self._heard: float | None = None
         """When the coordinator last gave a sign of life in this operation."""
         self._report_pieces = 0
+        self._decide_phase = ""
         self._had_answer = False
         self._left_early = False
 
@@ -50,9 +51,10 @@ class ParticipantRole(Role):
             self._wait_for_event()
         return 0.0
 
-    def begin_step(self, step: int, phase: str) -> None:
+    def begin_step(self, step: int, phase: str, decide_phase: str) -> None:
         """Heartbeats begin with the first step."""
         self.step = step
+        self._decide_phase = decide_phase
         if self._next_beat is None:
             self._next_beat = self.clock.now()
 
@@ -128,7 +130,7 @@ class ParticipantRole(Role):
 
     def _wait_for_event(self) -> None:
         limits = [_NEVER]
-        remaining = self.clock.remaining()
+        remaining = self.clock.remaining_for_verdict(self._decide_phase)
         if remaining is not None:
             limits.append(remaining + self.rhythm.slack)
         stall = self.clock.deadlines.stall_timeout
@@ -174,7 +176,7 @@ class ParticipantRole(Role):
             now = self.clock.now()
             stall = self.clock.deadlines.stall_timeout
             limit = max(stall if stall is not None else 60.0, self.rhythm.slack)
-            remaining = self.clock.remaining()
+            remaining = self.clock.remaining_for_verdict(self._decide_phase)
             if self._heard is None and remaining is not None:
                 # It may not have begun the operation yet: the deadline is the limit.
                 limit = max(limit, remaining + self.rhythm.slack)

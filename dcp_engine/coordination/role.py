@@ -89,7 +89,7 @@ class Role(abc.ABC):
         """Do what is due; return the seconds after which there will be something to do."""
 
     @abc.abstractmethod
-    def begin_step(self, step: int, phase: str) -> None:
+    def begin_step(self, step: int, phase: str, decide_phase: str) -> None:
         """The calling thread runs ``local``."""
 
     @abc.abstractmethod

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from dcp_engine.engine.default import default_engine
 from dcp_engine.engine.engine import Engine
-from dcp_engine.engine.functions import load, read_extra, save
+from dcp_engine.engine.functions import load, open_checkpoint, read_extra, save
 
-__all__ = ["Engine", "default_engine", "load", "read_extra", "save"]
+__all__ = ["Engine", "default_engine", "load", "open_checkpoint", "read_extra", "save"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import EllipsisType, TracebackType
@@ -19,12 +19,12 @@ from dcp_engine.coordination.single import SingleSession
 from dcp_engine.errors import UsageError
 from dcp_engine.format.names import is_save_id, new_save_id
 from dcp_engine.loader import LoadOptions, LoadReport, load
-from dcp_engine.loader.options import PerRankPolicy
+from dcp_engine.loader.options import LOAD_PHASES, PerRankPolicy
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry
 from dcp_engine.saver import PlanMemory, SaveOptions, save
-from dcp_engine.saver.options import ExtraContent
+from dcp_engine.saver.options import SAVE_PHASES, ExtraContent
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader, StorageWriter
 
@@ -94,7 +94,7 @@ class Engine:
         place = self._place(no_dist)
         session = self._session_for(no_dist) if use_collectives else self._session_alone()
         options = SaveOptions(
-            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts),
+            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, SAVE_PHASES),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
             extra_files=dict(extra_files or {}),
@@ -142,7 +142,7 @@ class Engine:
             planner=planner,
             group=self._place(no_dist).group,
             options=LoadOptions(
-                deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts),
+                deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES),
                 coordinator_rank=coordinator_rank,
                 per_rank=per_rank,
                 allow_pickle=allow_pickle,
@@ -178,7 +178,14 @@ class Engine:
         timeout: Timeout | EllipsisType,
         stall_timeout: Timeout | EllipsisType,
         phases: Mapping[str, float] | None,
+        known: Sequence[str],
     ) -> Deadlines:
+        unknown = [phase for phase in phases or {} if phase not in known]
+        if unknown:
+            raise UsageError(
+                f"phase_timeouts names {unknown}, which are no phases of this operation",
+                hint=f"its phases are {', '.join(known)}",
+            )
         return Deadlines(
             timeout=_seconds(self._timeout if isinstance(timeout, EllipsisType) else timeout),
             stall_timeout=_seconds(

@@ -13,14 +13,15 @@ from dcp_engine.engine.engine import CheckpointId, Timeout
 from dcp_engine.errors import StorageError
 from dcp_engine.loader import LoadReport
 from dcp_engine.loader.options import PerRankPolicy
+from dcp_engine.loader.random_access import Checkpoint
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planner import LoadPlanner, SavePlanner
-from dcp_engine.registry import BackendRegistry
+from dcp_engine.registry import open_reader
 from dcp_engine.saver.options import ExtraContent
 from dcp_engine.storage import StorageReader, StorageWriter
 
-__all__ = ["load", "read_extra", "save"]
+__all__ = ["load", "open_checkpoint", "read_extra", "save"]
 
 
 def save(
@@ -63,7 +64,7 @@ def save(
         timeout: seconds (or timedelta) for the whole operation; None waits forever.
         stall_timeout: seconds without a heartbeat after which a rank counts as dead. A slow write
             that still beats is no stall.
-        phase_timeouts: seconds by phase: ``plan``, ``compare``, ``write``, ``commit``.
+        phase_timeouts: seconds by phase: ``agree``, ``plan``, ``compare``, ``write``, ``commit``.
         coordinator_rank: the rank, in the group, that plans and commits.
         extra_files: name to bytes, text, or path of a file to copy; in the same transaction, the
             coordinator's count. Read them with ``read_extra``.
@@ -158,6 +159,24 @@ def load(
     )
 
 
+def open_checkpoint(checkpoint: str | os.PathLike[str], **options: Any) -> Checkpoint:
+    """Open a committed checkpoint as a read-only mapping of names; public as ``dcp_engine.open``.
+
+    ``ckpt["model.weight"]`` is a lazy handle with ``shape`` and ``dtype``; indexing it reads and
+    verifies only the blocks it touches::
+
+        with dcp_engine.open("/checkpoints/step-1000") as ckpt:
+            rows = ckpt["model.weight"][1000:2000, ::2]
+
+    Needs no process group. ``options`` go to the storage backend's reader.
+
+    Raises:
+        NotFoundError: there is no committed checkpoint.
+        DamagedCheckpointError: its manifest is not what was written.
+    """
+    return Checkpoint(_columnar_reader(checkpoint, options), checkpoint)
+
+
 def read_extra(checkpoint: str | os.PathLike[str], name: str) -> bytes:
     """The content of ``extra_files[name]`` of a committed checkpoint, verified. Needs no group.
 
@@ -165,15 +184,23 @@ def read_extra(checkpoint: str | os.PathLike[str], name: str) -> bytes:
         NotFoundError: no checkpoint there, or no such extra file.
         DamagedCheckpointError: the file is not what was written.
     """
-    reader = BackendRegistry().reader(checkpoint)
-    if not isinstance(reader, ColumnarReader):
-        raise StorageError(
-            f"{type(reader).__name__} keeps no extra files",
-            kind="unsupported_storage",
-            checkpoint=checkpoint,
-        )
+    reader = _columnar_reader(checkpoint, {})
     manifest, _ = reader.open_checkpoint(None)
     try:
         return reader.read_extra(manifest, name)
     finally:
         reader.close_checkpoint()
+
+
+def _columnar_reader(
+    checkpoint: str | os.PathLike[str], options: Mapping[str, Any]
+) -> ColumnarReader:
+    reader = open_reader(checkpoint, **options)
+    if not isinstance(reader, ColumnarReader):
+        raise StorageError(
+            f"{type(reader).__name__} does not read dcp_engine's format",
+            kind="unsupported_storage",
+            checkpoint=checkpoint,
+            hint="load it with dcp_engine.load",
+        )
+    return reader

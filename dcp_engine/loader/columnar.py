@@ -16,13 +16,13 @@ import torch
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
-from dcp_engine.errors import CheckpointException
 from dcp_engine.format.manifest import Manifest
 from dcp_engine.loader.agreed_manifest import agree_on_manifest
 from dcp_engine.loader.destination import Destination, Path
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
 from dcp_engine.loader.options import LoadOptions
 from dcp_engine.loader.report import LoadReport
+from dcp_engine.loader.restore import partly_filled, run_restore, with_memory
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
@@ -41,6 +41,8 @@ class _RankPlan:
     objects: tuple[WantedObject, ...]
     lists: tuple[tuple[Path, tuple[torch.Tensor, ...]], ...]
     """Per-rank tensors of another world size, to be put in place as lists."""
+    materialized: tuple[tuple[Path, torch.Tensor], ...]
+    """Memory for tensors of the destination that had none, to be put in place of them."""
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
@@ -66,6 +68,7 @@ def load_columns(
         return local
 
     def plan() -> bytes:
+        destination.resolve()
         plans.append(
             _plan(
                 agreed.open(),
@@ -77,7 +80,7 @@ def load_columns(
                 options=options,
             )
         )
-        return b""
+        return b"1" if destination.has_stateful else b""
 
     def read() -> bytes:
         plan = plans[0]
@@ -97,21 +100,24 @@ def load_columns(
     loaded: list[tuple[Path, object]] = []
     try:
         agreed = agree_on_manifest(operation, reader, checkpoint_id)
-        operation.step("plan", here(plan), lambda _: Decision())
-        try:
+        stateful, _ = operation.step(
+            "plan", here(plan), lambda messages: Decision(common=max(messages))
+        )
+        with partly_filled():
             common, _ = operation.step("read", here(read), _total)
-        except CheckpointException as error:
-            error.hint = "; ".join(
-                filter(None, (error.hint, "the tensors of the destination may be partly filled"))
-            )
-            raise
     finally:
         reader.close_checkpoint()
     plan_ = plans[0]
-    for path, tensors in plan_.lists:
-        destination.put(path, list(tensors))
-    for path, value in loaded:
-        destination.put(path, value)
+
+    def restore() -> bytes:
+        for path, tensors in plan_.lists:
+            destination.put(path, list(tensors))
+        for path, value in (*plan_.materialized, *loaded):
+            destination.put(path, value)
+        destination.finish()
+        return b""
+
+    run_restore(operation, here(restore), together=bool(stateful))
     return LoadReport(
         save_id=agreed.record.save_id,
         missing=plan_.missing,
@@ -138,8 +144,9 @@ def _plan(
     flat = flatten(destination.resolved, flatten_state_dict=planner.flatten_state_dict)
     tensors: list[TensorValue] = []
     requests: list[ObjectRequest] = []
+    leaves = [with_memory(leaf) for leaf in flat.leaves]
     described = describe_leaves(
-        flat.leaves,
+        leaves,
         group=group,
         flatten_sharded_tensors=planner.flatten_sharded_tensors,
         for_load=True,
@@ -178,6 +185,11 @@ def _plan(
         source=source,
         objects=tuple(wanted for wanted in chosen if wanted is not None),
         lists=tuple((flat.mappings[name], values) for name, values in source.lists),
+        materialized=tuple(
+            (leaf.path, leaf.value)
+            for leaf, before in zip(leaves, flat.leaves, strict=True)
+            if leaf is not before
+        ),
         missing=(
             *source.missing,
             *(r.value.fqn for r in requests if r.value.fqn not in stored),

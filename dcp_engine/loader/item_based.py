@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.default_planner import DefaultLoadPlanner, adopt_replaced_tensors
 from dcp_engine.error_context import located
 from dcp_engine.errors import InvalidPlanError
+from dcp_engine.foreign_calls import ObjectMail, takes_keywords
+from dcp_engine.loader.destination import Destination
 from dcp_engine.loader.report import LoadReport
+from dcp_engine.loader.restore import partly_filled, run_restore
+from dcp_engine.metadata import Metadata
+from dcp_engine.native_storage import ColumnarReader
+from dcp_engine.plan import LoadPlan
 from dcp_engine.planner import LoadPlanner
 from dcp_engine.storage import StorageReader
 
@@ -17,28 +24,40 @@ __all__ = ["load_items"]
 
 def load_items(
     operation: Operation,
-    resolved: dict[str, Any],
+    destination: Destination,
     *,
     checkpoint_id: str | None,
     checkpoint: str,
     reader: StorageReader,
     planner: LoadPlanner,
 ) -> LoadReport:
-    """Fill ``resolved`` on this rank; the planner changes it in place."""
+    """Carry one attempt at a load through on this rank."""
+    mail = ObjectMail(operation.world_size)
+    before: dict[str, object] = {}
+
+    def here(action: Callable[[], bytes]) -> Callable[[], bytes]:
+        def local() -> bytes:
+            with located(checkpoint=checkpoint, rank=operation.rank):
+                return action()
+
+        return local
 
     def local_plan() -> bytes:
-        with located(checkpoint=checkpoint, rank=operation.rank):
-            reader.reset(checkpoint_id)
-            metadata = reader.read_metadata()
-            planner.set_up_planner(
-                state_dict=resolved, metadata=metadata, is_coordinator=operation.is_coordinator
-            )
-            reader.set_up_storage_reader(metadata, operation.is_coordinator)
-            return pickle.dumps(reader.prepare_local_plan(planner.create_local_plan()))
+        destination.resolve()
+        reader.reset(checkpoint_id)
+        metadata = reader.read_metadata()
+        # By position, as torch's DCP calls it.
+        planner.set_up_planner(destination.resolved, metadata, operation.is_coordinator)
+        _set_up_reader(reader, metadata, operation)
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        if isinstance(planner, DefaultLoadPlanner):
+            before.update(planner.state_dict)
+        return mail.send((destination.has_stateful, plan))
 
     def global_plan(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=operation.rank):
-            plans = planner.create_global_plan([pickle.loads(m) for m in messages])
+            offers: list[tuple[bool, LoadPlan]] = [mail.open(message) for message in messages]
+            plans = planner.create_global_plan([plan for _, plan in offers])
             plans = reader.prepare_global_plan(plans)
             if len(plans) != operation.world_size:
                 raise InvalidPlanError(
@@ -46,15 +65,47 @@ def load_items(
                     f"plans for {operation.world_size} ranks",
                     checkpoint=checkpoint,
                 )
-            return Decision(per_rank=[pickle.dumps(plan) for plan in plans])
+            stateful = any(flag for flag, _ in offers)
+            return Decision(
+                common=b"1" if stateful else b"", per_rank=[mail.send(plan) for plan in plans]
+            )
 
-    def read() -> bytes:
-        with located(checkpoint=checkpoint, rank=operation.rank):
-            plan = planner.finish_plan(pickle.loads(own))
-            operation.check()
-            reader.read_data(plan, planner).wait()
-            return b""
+    def read(own: bytes) -> bytes:
+        plan = planner.finish_plan(mail.open(own))
+        operation.check()
+        reader.read_data(plan, planner).wait()
+        return b""
 
-    _, own = operation.step("plan", local_plan, global_plan)
-    operation.step("read", read, lambda _: Decision())
+    def restore() -> bytes:
+        if isinstance(planner, DefaultLoadPlanner):
+            adopt_replaced_tensors(planner, before)
+        destination.adopt_resolved()
+        destination.finish()
+        return b""
+
+    try:
+        stateful, own = operation.step("plan", here(local_plan), global_plan)
+        with partly_filled():
+            operation.step("read", here(partial(read, own)), lambda _: Decision())
+    finally:
+        if isinstance(reader, ColumnarReader):
+            reader.close_checkpoint()
+    run_restore(operation, here(restore), together=bool(stateful))
     return LoadReport(save_id=None)
+
+
+def _set_up_reader(reader: StorageReader, metadata: Metadata, operation: Operation) -> None:
+    if not takes_keywords(reader.set_up_storage_reader):
+        reader.set_up_storage_reader(metadata, operation.is_coordinator)
+    elif isinstance(reader, ColumnarReader):
+        reader.set_up_storage_reader(
+            metadata,
+            operation.is_coordinator,
+            rank=operation.rank,
+            use_collectives=True,
+            world_size=operation.world_size,
+        )
+    else:
+        reader.set_up_storage_reader(
+            metadata, operation.is_coordinator, rank=operation.rank, use_collectives=True
+        )

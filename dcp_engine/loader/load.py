@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dcp_engine.coordination.interface import Session
@@ -51,7 +53,6 @@ def load(
             # Every rank holds the same verdict, so all of them start over, or none.
             if error.kind != "superseded" or attempt == ATTEMPTS:
                 raise
-    destination.finish()
     return report
 
 
@@ -87,13 +88,32 @@ def _attempt(
                 group=group,
                 options=options,
             )
-        report = load_items(
-            operation,
-            destination.resolved,
-            checkpoint_id=checkpoint_id,
-            checkpoint=name,
-            reader=reader,
-            planner=planner,
-        )
-    destination.adopt_resolved()
-    return report
+        if options.per_rank != "error":
+            raise UsageError(
+                f"per_rank={options.per_rank!r} cannot be used with a planner or a reader of "
+                f"another origin (here {type(planner).__name__} and {type(reader).__name__})",
+                checkpoint=name,
+                hint="use the default planner and one of dcp_engine's own readers",
+            )
+        with _pickles_allowed(planner, options.allow_pickle):
+            return load_items(
+                operation,
+                destination,
+                checkpoint_id=checkpoint_id,
+                checkpoint=name,
+                reader=reader,
+                planner=planner,
+            )
+
+
+@contextmanager
+def _pickles_allowed(planner: LoadPlanner, allowed: bool) -> Iterator[None]:
+    """The option of this load, for a planner that has it too; other planners decide themselves."""
+    if not (allowed and isinstance(planner, DefaultLoadPlanner)):
+        yield
+        return
+    before, planner.allow_pickle = planner.allow_pickle, True
+    try:
+        yield
+    finally:
+        planner.allow_pickle = before

@@ -7,7 +7,10 @@ from typing import Literal
 
 from dcp_engine.coordination.interface import Deadlines
 
-__all__ = ["LoadOptions", "PerRankPolicy"]
+__all__ = ["LOAD_PHASES", "LoadOptions", "PerRankPolicy"]
+
+LOAD_PHASES = ("metadata", "manifest", "plan", "read", "restore")
+"""What ``phase_timeouts`` may name."""
 
 PerRankPolicy = Literal["error", "skip", "list"]
 

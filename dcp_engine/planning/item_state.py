@@ -18,7 +18,7 @@ from dcp_engine.planning.items import bytes_read_item, read_items, value_items
 from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe
 from dcp_engine.state.adapters.torch_types import has_checkpoint_methods, is_dtensor
 from dcp_engine.state.adapters.wrapper import is_wrapper, open_wrapper
-from dcp_engine.state.flatten import Path, flatten, set_leaf
+from dcp_engine.state.flatten import Path, flatten, get_at, set_leaf
 from dcp_engine.state.values import EntryKind, ObjectValue, TensorValue, Value
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "ItemState",
     "flatten_sharded_tensors",
     "flatten_state_dict",
+    "has_leaf",
     "local_read_items",
     "local_write_items",
     "materialize_meta_tensors",
+    "materialized",
     "open_wrappers",
     "put_leaf",
 ]
@@ -211,10 +213,11 @@ def materialize_meta_tensors(state_dict: MutableMapping[str, Any]) -> None:
     for leaf in flatten(state_dict).leaves:
         value = leaf.value
         if isinstance(value, torch.Tensor) and value.device.type == "meta":
-            put_leaf(state_dict, leaf.path, _with_memory(value))
+            put_leaf(state_dict, leaf.path, materialized(value))
 
 
-def _with_memory(value: Any) -> torch.Tensor:
+def materialized(value: Any) -> torch.Tensor:
+    """A tensor of the same kind as the meta tensor ``value``, with memory of any content."""
     if not is_dtensor(value):
         device = torch.get_default_device()
         return torch.empty_like(value, device="cpu" if device.type == "meta" else device)
@@ -230,5 +233,13 @@ def _with_memory(value: Any) -> torch.Tensor:
 
 
 def put_leaf(state_dict: MutableMapping[str, Any], path: Path, value: Any) -> None:
-    """Replace the value at ``path``."""
-    set_leaf(state_dict, path, value)
+    """Replace the value at ``path``; mappings that are missing on the way are made."""
+    set_leaf(state_dict, path, value, create={})
+
+
+def has_leaf(state_dict: Mapping[str, Any], path: Path, value: Any) -> bool:
+    """Whether ``value`` itself lies at ``path``."""
+    try:
+        return get_at(state_dict, path) is value
+    except UsageError:
+        return False

@@ -20,7 +20,7 @@ from dcp_engine.planning.arrays import pad_columns, row_products
 from dcp_engine.planning.columns import I32, I64, LoadColumns
 from dcp_engine.state.values import Box, TensorValue
 
-__all__ = ["LoadSource", "PerRankPolicy", "make_load_columns", "unexpected_keys"]
+__all__ = ["LoadSource", "PerRankPolicy", "make_load_columns", "plan_boxes", "unexpected_keys"]
 
 PerRankPolicy = Literal["error", "skip", "list"]
 
@@ -87,8 +87,8 @@ def make_load_columns(
             missing.append(value.fqn)
             continue
         _check_fit(value, stored)
+        parts.add(stored, value.boxes, first=len(parts.destinations))
         parts.destinations.extend(value.tensors)
-        parts.add(stored, value.boxes)
     return LoadSource(
         columns=parts.columns(),
         tensors=tuple(parts.destinations),
@@ -96,6 +96,13 @@ def make_load_columns(
         missing=tuple(missing),
         skipped=tuple(skipped),
     )
+
+
+def plan_boxes(stored: StoredTensor, boxes: Sequence[Box]) -> LoadColumns:
+    """Read ``boxes`` of one stored tensor into as many destinations, in their order."""
+    parts = _Parts()
+    parts.add(stored, boxes, first=0)
+    return parts.columns()
 
 
 def unexpected_keys(manifest: Manifest, wanted: Collection[str]) -> tuple[str, ...]:
@@ -127,11 +134,10 @@ class _Parts:
         # chunk_offsets, chunk_sizes, within, lengths, dest_within
         self._boxes: tuple[list[I64], ...] = ([], [], [], [], [])
 
-    def add(self, stored: StoredTensor, boxes: Sequence[Box]) -> None:
-        """Read ``boxes`` of ``stored`` into the last ``len(boxes)`` destinations."""
+    def add(self, stored: StoredTensor, boxes: Sequence[Box], *, first: int) -> None:
+        """Read ``boxes`` of ``stored`` into the destinations from row ``first`` on."""
         if not boxes:
             return
-        first = len(self.destinations) - len(boxes)
         chunks = stored.chunks
         ndim = len(stored.shape)
         offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), ndim)
@@ -223,9 +229,9 @@ def _read_all(by_rank: Mapping[int, StoredTensor], parts: _Parts) -> tuple[torch
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         tensors.append(tensor)
         if tensor.numel():
-            parts.destinations.append(tensor)
             whole = Box(offsets=(0,) * len(stored.shape), sizes=stored.shape)
-            parts.add(stored, (whole,))
+            parts.add(stored, (whole,), first=len(parts.destinations))
+            parts.destinations.append(tensor)
     return tuple(tensors)
 
 

@@ -10,7 +10,6 @@ one rank that does not have it makes everybody plan anew.
 from __future__ import annotations
 
 import uuid
-import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -18,25 +17,21 @@ import msgspec
 
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.error_context import located
-from dcp_engine.errors import InvalidPlanError
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
 from dcp_engine.planning.fingerprint import Options, fingerprint
 from dcp_engine.planning.global_plan import assignments, make_global_plan
-from dcp_engine.planning.replicas import compare_details, needs_details, summarise
+from dcp_engine.planning.replicas import needs_details, summarise
 from dcp_engine.planning.wire import (
     decode_assignment,
     decode_local_plans,
     encode_assignment,
     encode_local_plan,
 )
+from dcp_engine.saver.compare import compare_replicas
 from dcp_engine.saver.plan_memory import NO_PLAN, PlanMemory, RankPlan, plan_id
 from dcp_engine.saver.prepare import PreparedState
 
-__all__ = ["Agreed", "Agreement", "ReplicasDifferWarning"]
-
-
-class ReplicasDifferWarning(UserWarning):
-    """Ranks hold different values under one replicated key; one of them was stored."""
+__all__ = ["Agreed", "Agreement"]
 
 
 class _Offer(msgspec.Struct, array_like=True):
@@ -139,7 +134,12 @@ class Agreement:
         else:
             chosen, assignment = self._plan(prepared)
         if verdict.compare:
-            self._compare(prepared)
+            compare_replicas(
+                self._operation,
+                prepared.compared,
+                strict=self._strict_replicas,
+                checkpoint=self._checkpoint,
+            )
         return Agreed(
             save_id=verdict.save_id,
             assignment=assignment,
@@ -176,36 +176,6 @@ class Agreement:
 
         chosen, own = self._operation.step("plan", lambda: encode_local_plan(local), decide)
         return chosen, decode_assignment(own, local)
-
-    def _compare(self, prepared: PreparedState) -> None:
-        """Find out which replicated values differ, and on which ranks."""
-
-        def decide(messages: list[bytes]) -> Decision:
-            tables = [msgspec.msgpack.decode(m, type=dict[str, int]) for m in messages]
-            comparison = compare_details(tables)
-            if comparison.differing and self._strict_replicas:
-                raise InvalidPlanError(
-                    "ranks hold different values under one replicated key: "
-                    + comparison.describe(),
-                    kind="replicas_differ",
-                    checkpoint=self._checkpoint,
-                    tensor=next(iter(comparison.differing)),
-                    hint="make the ranks agree, or wrap rank-local values in PerRank",
-                )
-            return Decision(common=msgspec.msgpack.encode(comparison.describe()))
-
-        common, _ = self._operation.step(
-            "compare", lambda: msgspec.msgpack.encode(dict(prepared.compared)), decide
-        )
-        text = msgspec.msgpack.decode(common, type=str)
-        if text:
-            warnings.warn(
-                f"saving {self._checkpoint}: ranks hold different values under one replicated "
-                f"key, and only one is stored: {text}. Make the ranks agree, or wrap rank-local "
-                "values in PerRank",
-                ReplicasDifferWarning,
-                stacklevel=2,
-            )
 
     def _located(self) -> AbstractContextManager[None]:
         return located(checkpoint=self._checkpoint, rank=self._operation.rank)

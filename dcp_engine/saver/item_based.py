@@ -6,23 +6,29 @@ as pickled items, at the speed of whoever made them.
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.default_planner import DefaultSavePlanner, described_values
 from dcp_engine.error_context import located
-from dcp_engine.errors import ConflictError, InvalidPlanError
+from dcp_engine.errors import ConflictError, InvalidPlanError, UnsupportedStateError
+from dcp_engine.foreign_calls import ObjectMail, takes_keywords
 from dcp_engine.format.names import new_save_id
+from dcp_engine.format.object_codec import encode_object
 from dcp_engine.metadata import Metadata, MetadataIndex
 from dcp_engine.native_storage import ColumnarWriter, SaveTicket
 from dcp_engine.plan import SavePlan
 from dcp_engine.planner import SavePlanner
+from dcp_engine.planning.replicas import needs_details, summarise
+from dcp_engine.saver.compare import compare_replicas, digest_replicas
 from dcp_engine.saver.options import SaveOptions
 from dcp_engine.saver.outcome import commit_once, settle_failure
 from dcp_engine.state.flatten import resolve_stateful
+from dcp_engine.state.values import ObjectValue
 from dcp_engine.storage import StorageWriter, WriteResult
 
 __all__ = ["save_items"]
@@ -46,7 +52,10 @@ def save_items(
     ``operation`` is of one rank when the save is collective-free; ``is_coordinator`` and ``rank``
     are then still the rank's own.
     """
+    mail = ObjectMail(operation.world_size)
+    strict = options.strict_replicas or getattr(planner, "strict_replicas", False)
     global_metadata: list[Metadata] = []
+    compared: dict[str, int] = {}
 
     def local_plan() -> bytes:
         with located(checkpoint=checkpoint, rank=rank):
@@ -58,16 +67,17 @@ def save_items(
                 is_coordinator=is_coordinator,
             )
             if isinstance(writer, ColumnarWriter):
-                writer.set_up_storage_writer(
-                    is_coordinator, rank=rank, ticket=ticket(options.save_id or new_save_id())
-                )
-            else:
-                writer.set_up_storage_writer(is_coordinator)
-            return pickle.dumps(writer.prepare_local_plan(planner.create_local_plan()))
+                writer.announce(ticket(options.save_id or new_save_id()))
+            _set_up_writer(writer, is_coordinator, rank, options.use_collectives)
+            plan = planner.create_local_plan()
+            if isinstance(planner, DefaultSavePlanner):
+                compared.update(_digests_of_items(planner, plan, strict=strict))
+            return mail.send((summarise(compared), writer.prepare_local_plan(plan)))
 
     def global_plan(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=rank):
-            plans, metadata = planner.create_global_plan([pickle.loads(m) for m in messages])
+            offers: list[tuple[bytes, SavePlan]] = [mail.open(message) for message in messages]
+            plans, metadata = planner.create_global_plan([plan for _, plan in offers])
             plans = writer.prepare_global_plan(plans)
             if len(plans) != operation.world_size:
                 raise InvalidPlanError(
@@ -76,27 +86,32 @@ def save_items(
                     checkpoint=checkpoint,
                 )
             global_metadata.append(metadata)
-            return Decision(per_rank=[pickle.dumps(plan) for plan in plans])
+            doubt = needs_details([summary for summary, _ in offers])
+            return Decision(
+                common=b"1" if doubt else b"", per_rank=[mail.send(plan) for plan in plans]
+            )
 
     def write() -> bytes:
         with located(checkpoint=checkpoint, rank=rank):
-            plan = planner.finish_plan(pickle.loads(own))
+            plan = planner.finish_plan(mail.open(own))
             operation.check()
             results = writer.write_data(plan, planner).wait()
             _compare_with_plan(plan, results, checkpoint=checkpoint, rank=rank)
-            return pickle.dumps(results)
+            return mail.send(results)
 
     def finish(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=rank):
             if not global_metadata:
                 raise ConflictError("the coordinator lost its metadata", kind="out_of_step")
             metadata = replace(global_metadata[0], storage_meta=writer.storage_meta())
-            results: list[list[WriteResult]] = [pickle.loads(m) for m in messages]
+            results: list[list[WriteResult]] = [mail.open(message) for message in messages]
             commit_once(operation, lambda: writer.finish(metadata, results))
-            return Decision(common=pickle.dumps(metadata))
+            return Decision(common=mail.send(metadata))
 
     try:
-        _, own = operation.step("plan", local_plan, global_plan)
+        doubt, own = operation.step("plan", local_plan, global_plan)
+        if doubt:
+            compare_replicas(operation, compared, strict=strict, checkpoint=checkpoint)
         common, _ = operation.step("write", write, finish, decide_phase="commit")
     except BaseException as error:
         settle_failure(
@@ -107,8 +122,36 @@ def save_items(
             checkpoint=checkpoint,
         )
         raise
-    metadata: Metadata = pickle.loads(common)
+    metadata: Metadata = mail.open(common)
     return metadata
+
+
+def _set_up_writer(
+    writer: StorageWriter, is_coordinator: bool, rank: int, use_collectives: bool
+) -> None:
+    if takes_keywords(writer.set_up_storage_writer):
+        writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=use_collectives)
+    else:
+        writer.set_up_storage_writer(is_coordinator)
+
+
+def _digests_of_items(
+    planner: DefaultSavePlanner, plan: SavePlan, *, strict: bool
+) -> dict[str, int]:
+    """Digests of what ``plan`` offers under names that other ranks may offer too.
+
+    The values as they lie in the planner's state dict: what the planner makes of them later it
+    makes on all ranks alike.
+    """
+    offered = {item.index.fqn for item in plan.items}
+    values = [value for value in described_values(planner) if value.fqn in offered]
+    objects = {}
+    for value in values:
+        if isinstance(value, ObjectValue):
+            # A planner may store what cannot be encoded; then it is not compared.
+            with suppress(UnsupportedStateError):
+                objects[value.fqn] = encode_object(value.value, fqn=value.fqn)
+    return digest_replicas(values, objects, strict=strict)
 
 
 def _compare_with_plan(

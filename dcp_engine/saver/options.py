@@ -9,7 +9,10 @@ from typing import Any
 
 from dcp_engine.coordination.interface import Deadlines
 
-__all__ = ["ExtraContent", "SaveOptions"]
+__all__ = ["SAVE_PHASES", "ExtraContent", "SaveOptions"]
+
+SAVE_PHASES = ("agree", "plan", "compare", "write", "commit")
+"""What ``phase_timeouts`` may name."""
 
 ExtraContent = bytes | str | os.PathLike[str]
 """Bytes, text (stored as UTF-8), or the path of a file to copy."""

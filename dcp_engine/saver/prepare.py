@@ -9,23 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dcp_engine.default_planner import DefaultSavePlanner
-from dcp_engine.format.digest import digest_value
 from dcp_engine.format.nesting import encode_nesting
 from dcp_engine.format.object_codec import EncodedObject, encode_object
 from dcp_engine.planning.collective_free import own_share
 from dcp_engine.planning.local import LocalSource, make_local_plan
+from dcp_engine.saver.compare import digest_replicas
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
 from dcp_engine.state.aliases import find_aliases
 from dcp_engine.state.flatten import FlatState, Leaf, Path, flatten, resolve_stateful
-from dcp_engine.state.values import EntryKind, ObjectValue, TensorValue, Value
+from dcp_engine.state.values import ObjectValue, TensorValue, Value
 
-__all__ = ["COMPARED_BYTES", "PreparedState", "prepare"]
-
-COMPARED_BYTES = 1 << 20
-"""Replicated tensors up to this many bytes are compared between ranks on every save."""
+__all__ = ["PreparedState", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +64,7 @@ def prepare(
     return PreparedState(
         source=source,
         objects=objects,
-        compared=_digests(values, objects, None if strict_replicas else COMPARED_BYTES),
+        compared=digest_replicas(values, objects, strict=strict_replicas),
     )
 
 
@@ -85,23 +80,3 @@ def _nesting(flat: FlatState, described: Sequence[tuple[Leaf, Sequence[Value]]])
                 containers[leaf.path] = "dict"
                 paths[value.fqn] = (*leaf.path, value.fqn[len(leaf.fqn) + 1 :])
     return encode_nesting(paths, containers)
-
-
-def _digests(
-    values: Sequence[Value], objects: Mapping[str, EncodedObject], limit: int | None
-) -> dict[str, int]:
-    digests: dict[str, int] = {}
-    for value in values:
-        if isinstance(value, ObjectValue):
-            if value.kind is EntryKind.REPLICATED:
-                digests[value.fqn] = digest_value(objects[value.fqn].data)
-        elif value.kind is EntryKind.REPLICATED and value.tensors:
-            tensor = value.tensors[0]
-            if limit is None or tensor.numel() * tensor.element_size() <= limit:
-                digests[value.fqn] = digest_value(_bytes_of(tensor))
-    return digests
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy().data)

@@ -86,7 +86,7 @@ def save(
                 memory=memory,
                 ticket=ticket,
             )
-        _refuse_what_items_cannot(writer, options, name)
+        _refuse_what_items_cannot(writer, planner, options, name)
         return save_items(
             operation,
             state_dict,
@@ -130,9 +130,13 @@ def _content(value: ExtraContent) -> bytes:
     return Path(value).read_bytes()
 
 
-def _refuse_what_items_cannot(writer: StorageWriter, options: SaveOptions, name: str) -> None:
+def _refuse_what_items_cannot(
+    writer: StorageWriter, planner: SavePlanner, options: SaveOptions, name: str
+) -> None:
     """DCP's life cycle has no place for these; dropping them silently would lose data."""
-    given = ["strict_replicas"] if options.strict_replicas else []
+    given = []
+    if options.strict_replicas and not isinstance(planner, DefaultSavePlanner):
+        given.append("strict_replicas")
     if not isinstance(writer, ColumnarWriter):
         for keyword in ("extra_files", "user_metadata", "keep_replaced"):
             if getattr(options, keyword):

@@ -153,6 +153,9 @@ class FaultyColumnarWriter(FaultyStorageWriter, ColumnarWriter):
     def checkpoint(self) -> str:
         return self.inner.checkpoint
 
+    def announce(self, ticket: SaveTicket) -> None:
+        self.schedule.call("announce", self.inner, ticket)
+
     def observe(self, checkpoint_id: str | os.PathLike[str] | None) -> str | None:
         observed: str | None = self.schedule.call("observe", self.inner, checkpoint_id)
         return observed
@@ -294,6 +297,10 @@ class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
         return _as(
             int, self.schedule.call("read_columns", self.inner, manifest, plan, tensors, check)
         )
+
+    def local_data_file(self, manifest: Manifest, row: int) -> str | None:
+        path: str | None = self.schedule.call("local_data_file", self.inner, manifest, row)
+        return path
 
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
         return _as(bytes, self.schedule.call("read_object", self.inner, manifest, stored))

@@ -153,6 +153,22 @@ def test_a_coordinator_that_never_comes_is_named_at_the_deadline() -> None:
         assert (result["kind"], result["ranks"]) == ("timeout", [0])
 
 
+def test_who_has_reported_gives_the_others_their_time() -> None:
+    """The limit of the coordinator's phase does not count while others still write."""
+    deadlines = Deadlines(timeout=30.0, stall_timeout=None, phases={"commit": 0.2})
+    rhythm = Rhythm(interval=0.02, grace=0.02)
+
+    def fn(session: StoreSession) -> Any:
+        def local(operation: Operation) -> bytes:
+            if session.rank == 1:
+                threading.Event().wait(rhythm.slack + 0.5)
+            return b"x"
+
+        return one_step(session, local, deadlines=deadlines)[0]
+
+    assert run(3, fn, rhythm=rhythm) == [b"x|x|x"] * 3
+
+
 def test_sessions_of_one_store_do_not_meet() -> None:
     store = MemoryStore()
     names = [

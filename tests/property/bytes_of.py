@@ -70,4 +70,6 @@ def place(raw: torch.Tensor, dtype: torch.dtype, memory: Memory) -> Place:
 
 
 def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not raw.numel():  # memory without bytes cannot be viewed
+        return torch.empty(raw.shape[:-1], dtype=dtype)
     return raw.view(dtype).squeeze(-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from dcp_engine.coordination.simulated import results_of, run_simulated
 from dcp_engine.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.metadata import Metadata
-from dcp_engine.saver import SaveOptions, save
+from dcp_engine.saver import PlanMemory, SaveOptions, save
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.storage import ByteStore
@@ -70,19 +70,20 @@ def _twin(entry: Entry, value: Any) -> Any:
     return value
 
 
-def _raw_own(own: Own, rank: int) -> tuple[torch.Tensor, torch.dtype] | None:
+def _raw_own(own: Own, rank: int, edition: str = "") -> tuple[torch.Tensor, torch.dtype] | None:
     kind = own.by_rank[rank]
     if kind is None:
         return None
     shape, dtype = kind
-    return raw_of(f"{own.name} of {rank}", shape, dtype), dtype
+    return raw_of(f"{own.name} of {rank}{edition}", shape, dtype), dtype
 
 
-def saved_state(world: World, rank: int) -> dict[str, Any]:
-    """What ``rank`` of the saving job holds."""
+def saved_state(world: World, rank: int, edition: str = "") -> dict[str, Any]:
+    """What ``rank`` of the saving job holds; in another ``edition`` all tensors have other
+    values."""
     tensors: dict[str, Any] = {}
     for entry in world.entries:
-        raw = raw_of(entry.name, entry.shape, entry.dtype)
+        raw = raw_of(entry.name + edition, entry.shape, entry.dtype)
         held = entry.save.on(rank, world.first_global, raw, entry.dtype, _as_it_is)
         if held is None:
             continue
@@ -91,7 +92,7 @@ def saved_state(world: World, rank: int) -> dict[str, Any]:
             tensors[f"{entry.name}_twin"] = _twin(entry, held.value)
     own: dict[str, Any] = {"number": rank}
     for item in world.own:
-        if (found := _raw_own(item, rank)) is not None:
+        if (found := _raw_own(item, rank, edition)) is not None:
             own[item.name] = place(*found, item.memory).tensor
     return {
         "tensors": tensors,
@@ -106,12 +107,13 @@ def save_job(
     state_of: Callable[[int], dict[str, Any]],
     store_of: StoreOf,
     *,
+    memories: Sequence[PlanMemory] | None = None,
     planner: DefaultSavePlanner | None = None,
     first_global: int = 0,
     coordinator: int = 0,
     **writer_options: Any,
 ) -> list[Metadata]:
-    """Save ``state_of(rank)`` on every rank."""
+    """Save ``state_of(rank)`` on every rank; ``memories``: each rank's plans of earlier saves."""
 
     def on_rank(session: Session) -> Metadata:
         store = store_of(session.rank)
@@ -123,18 +125,25 @@ def save_job(
             planner=planner,
             group=group_of(session.rank, world_size, first_global),
             world_size=world_size,
+            memory=PlanMemory() if memories is None else memories[session.rank],
             options=SaveOptions(deadlines=DEADLINES, coordinator_rank=coordinator),
         )
 
     return results_of(run_simulated(world_size, on_rank))
 
 
-def save_world(world: World, store_of: StoreOf) -> list[Metadata]:
+def save_world(
+    world: World,
+    store_of: StoreOf,
+    memories: Sequence[PlanMemory] | None = None,
+    edition: str = "",
+) -> list[Metadata]:
     """The saving job."""
     return save_job(
         world.savers,
-        lambda rank: saved_state(world, rank),
+        lambda rank: saved_state(world, rank, edition),
         store_of,
+        memories=memories,
         planner=DefaultSavePlanner(dedup_save_to_lowest_rank=world.to_lowest_rank),
         first_global=world.first_global,
         coordinator=world.save_coordinator,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 
+from dcp_engine.saver import PlanMemory
 from storage_backends.filesystem_store import FileSystemStore
 from tests.property.jobs import SharedMemoryStore, load_world, save_world
 from tests.property.worlds import World, worlds
@@ -22,6 +24,20 @@ def test_what_was_saved_is_what_is_loaded(world: World) -> None:
     save_world(world, lambda _: store)
     _, wrong = load_world(world, lambda _: store)
     assert not wrong
+
+
+@settings(max_examples=40)
+@given(worlds())
+def test_a_remembered_plan_stores_the_new_values(world: World) -> None:
+    """The second save goes by digest; the third, of other tensors, must not."""
+    store = SharedMemoryStore()
+    memories = [PlanMemory() for _ in range(world.savers)]
+    save_world(world, lambda _: store, memories, "old")
+    save_world(world, lambda _: store, memories)
+    assert not load_world(world, lambda _: store)[1]
+    smaller = replace(world, entries=world.entries[1:], to_lowest_rank=not world.to_lowest_rank)
+    save_world(smaller, lambda _: store, memories)
+    assert not load_world(smaller, lambda _: store)[1]
 
 
 @settings(max_examples=12)

@@ -1,0 +1,88 @@
+"""Do the ranks hold the same values under their replicated keys? Asked, told and refused here.
+
+Belongs here: digesting values, the step ``compare``, and what a difference leads to. Does not
+belong here: which values are compared (``prepare``, ``item_based``), and the comparison itself
+(``planning.replicas``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import torch
+
+from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.errors import InvalidPlanError
+from dcp_engine.format.digest import digest_value
+from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.planning.replicas import compare_details
+from dcp_engine.state.values import EntryKind, ObjectValue, Value
+
+__all__ = ["COMPARED_BYTES", "ReplicasDifferWarning", "compare_replicas", "digest_replicas"]
+
+COMPARED_BYTES = 1 << 20
+"""Replicated tensors up to this many bytes are compared between ranks on every save."""
+
+
+class ReplicasDifferWarning(UserWarning):
+    """Ranks hold different values under one replicated key; one of them was stored."""
+
+
+def digest_replicas(
+    values: Sequence[Value], objects: Mapping[str, EncodedObject], *, strict: bool
+) -> dict[str, int]:
+    """64-bit digests, by name, of the replicated values among ``values`` that are compared: with
+    ``strict`` all of them, else objects and small tensors. Objects that are not in ``objects``
+    are left out."""
+    digests: dict[str, int] = {}
+    for value in values:
+        if value.kind is not EntryKind.REPLICATED:
+            continue
+        if isinstance(value, ObjectValue):
+            if value.fqn in objects:
+                digests[value.fqn] = digest_value(objects[value.fqn].data)
+        elif value.tensors:
+            tensor = value.tensors[0]
+            if strict or tensor.numel() * tensor.element_size() <= COMPARED_BYTES:
+                digests[value.fqn] = digest_value(_bytes_of(tensor))
+    return digests
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy().data)
+
+
+def compare_replicas(
+    operation: Operation, compared: Mapping[str, int], *, strict: bool, checkpoint: str
+) -> None:
+    """Find out which replicated values differ, and on which ranks; on every rank of the save.
+
+    Warns ``ReplicasDifferWarning``, or with ``strict`` raises
+    ``InvalidPlanError(kind="replicas_differ")`` on the coordinator, and so on all ranks.
+    """
+
+    def decide(messages: list[bytes]) -> Decision:
+        tables = [msgspec.msgpack.decode(m, type=dict[str, int]) for m in messages]
+        comparison = compare_details(tables)
+        if comparison.differing and strict:
+            raise InvalidPlanError(
+                "ranks hold different values under one replicated key: " + comparison.describe(),
+                kind="replicas_differ",
+                checkpoint=checkpoint,
+                tensor=next(iter(comparison.differing)),
+                hint="make the ranks agree, or wrap rank-local values in PerRank",
+            )
+        return Decision(common=msgspec.msgpack.encode(comparison.describe()))
+
+    common, _ = operation.step("compare", lambda: msgspec.msgpack.encode(dict(compared)), decide)
+    text = msgspec.msgpack.decode(common, type=str)
+    if text:
+        warnings.warn(
+            f"saving {checkpoint}: ranks hold different values under one replicated key, and only "
+            f"one is stored: {text}. Make the ranks agree, or wrap rank-local values in PerRank",
+            ReplicasDifferWarning,
+            stacklevel=2,
+        )
