@@ -17,13 +17,21 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one measurement."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="name")
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        import_module(f"benchmarks.{name}").add_arguments(command)
-    options = parser.parse_args(arguments)
-    status: int = import_module(f"benchmarks.{options.command}").main(options)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="\n".join(f"{name:12} {summary}" for name, summary in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=COMMANDS)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of that measurement (-h)")
+    chosen = parser.parse_args(arguments)
+    # Only this one: another measurement may need what is not installed here.
+    module = import_module(f"benchmarks.{chosen.name}")
+    own = argparse.ArgumentParser(
+        prog=f"{parser.prog} {chosen.name}", description=COMMANDS[chosen.name]
+    )
+    module.add_arguments(own)
+    status: int = module.main(own.parse_args(chosen.options))
     return status
 
 

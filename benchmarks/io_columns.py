@@ -218,5 +218,3 @@ class Safetensors:
 def remove(path: str) -> None:
     """Remove a checkpoint, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
-
-

@@ -59,9 +59,7 @@ def many_small(count: int = 20_000, nbytes: int = 1024) -> dict[str, Any]:
     return {f"t{i:05d}": torch.full((nbytes // 4,), float(i)) for i in range(count)}
 
 
-def _filled(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype)
     # Bytes that neither repeat nor take long to make.
     row = torch.randint(0, 255, (min(tensor.nbytes, 1 << 16),), generator=generator)

@@ -64,13 +64,11 @@ def item_of(part: Part, kind: WriteItemType) -> WriteItem:
 def local_plan(layout: Layout, world_size: int, rank: int, tensors: int) -> SavePlan:
     """One rank's plan."""
     items = [
-        item_of(part, WriteItemType.SHARD)
-        for part in sharded(layout, world_size, rank, tensors)
+        item_of(part, WriteItemType.SHARD) for part in sharded(layout, world_size, rank, tensors)
     ]
     items += [item_of(part, WriteItemType.TENSOR) for part in replicated()]
     items += [
-        WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
-        for name in object_names()
+        WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in object_names()
     ]
     mappings = {item.index.fqn: tuple(item.index.fqn.split(".")) for item in items}
     return SavePlan(items, planner_data=mappings)
@@ -137,8 +135,7 @@ def _save(plans: list[bytes], world_size: int) -> dict[str, Any]:
     plan_seconds = time.process_time() - began
     del received
     results = [
-        pickle.dumps(results_of(pickle.loads(answer), rank))
-        for rank, answer in enumerate(answers)
+        pickle.dumps(results_of(pickle.loads(answer), rank)) for rank, answer in enumerate(answers)
     ]
     gc.collect()
     began = time.process_time()
@@ -199,8 +196,6 @@ if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     print(
         json.dumps(
-            measure(
-                request["layout"], request["world_size"], request["tensors"], request["rounds"]
-            )
+            measure(request["layout"], request["world_size"], request["tensors"], request["rounds"])
         )
     )

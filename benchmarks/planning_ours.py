@@ -231,9 +231,7 @@ def _save(
     if plan is None:
         raise RuntimeError("the coordinator has no plan")
     reports = reports_of(plan, prepared)
-    incoming["write"] = [
-        framed("write", 2, msgspec.msgpack.encode(report)) for report in reports
-    ]
+    incoming["write"] = [framed("write", 2, msgspec.msgpack.encode(report)) for report in reports]
     manifests: list[bytes] = []
 
     def commit(messages: list[bytes]) -> Decision:
@@ -352,8 +350,6 @@ if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     print(
         json.dumps(
-            measure(
-                request["layout"], request["world_size"], request["tensors"], request["rounds"]
-            )
+            measure(request["layout"], request["world_size"], request["tensors"], request["rounds"])
         )
     )

@@ -316,7 +316,7 @@ def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]
     return all_plans
 
 
-def described_values(planner: DefaultSavePlanner) -> list[Value]:
+def described_values(planner: DefaultSavePlanner | DefaultLoadPlanner) -> list[Value]:
     """What ``planner`` holds on this rank, after ``set_up_planner``."""
     state_dict = getattr(planner, "state_dict", {})
     return [v for fqn, value in state_dict.items() for v in planner._lookup.describe(fqn, value)]

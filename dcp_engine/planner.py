@@ -74,15 +74,16 @@ class SavePlanner(abc.ABC):
         """
 
 
-class LoadPlanner(abc.ABC):
+class LoadPlanner:
     """Decides what a load reads, and takes the data.
 
     Called in this order: ``set_up_planner`` (every rank), ``create_local_plan`` (every rank),
     ``create_global_plan`` (coordinator only), ``finish_plan`` (every rank), then for each item
     ``load_bytes``, or ``resolve_tensor`` followed by ``commit_tensor``.
+
+    As in torch's DCP, a planner may leave out methods that its loads never call.
     """
 
-    @abc.abstractmethod
     def set_up_planner(
         self,
         state_dict: STATE_DICT_TYPE,
@@ -90,31 +91,36 @@ class LoadPlanner(abc.ABC):
         is_coordinator: bool = False,
     ) -> None:
         """Take over the destination and what the checkpoint holds."""
+        raise _missing(self, "set_up_planner")
 
-    @abc.abstractmethod
     def create_local_plan(self) -> LoadPlan:
         """Return what this rank wants to read."""
+        raise _missing(self, "create_local_plan")
 
-    @abc.abstractmethod
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Return every rank's plan, in rank order."""
+        raise _missing(self, "create_global_plan")
 
-    @abc.abstractmethod
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         """Accept this rank's part of the global plan; return the plan to carry out."""
+        raise _missing(self, "finish_plan")
 
-    @abc.abstractmethod
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Store the value that ``value`` encodes in the state dict."""
+        raise _missing(self, "load_bytes")
 
     def resolve_bytes(self, read_item: ReadItem) -> io.BytesIO:
         """Return a buffer for a reader that wants to fill one; optional."""
-        raise NotImplementedError(f"{type(self).__name__} does not support resolve_bytes")
+        raise _missing(self, "resolve_bytes")
 
-    @abc.abstractmethod
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """Return a tensor of shape ``read_item.lengths`` to read into."""
+        raise _missing(self, "resolve_tensor")
 
-    @abc.abstractmethod
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Called when ``tensor``, which ``resolve_tensor`` returned, has been filled."""
+        raise _missing(self, "commit_tensor")
+
+
+def _missing(planner: LoadPlanner, method: str) -> NotImplementedError:
+    return NotImplementedError(f"{type(planner).__name__} does not define {method}")

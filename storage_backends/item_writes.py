@@ -25,7 +25,7 @@ from dcp_engine.plan import SavePlan, WriteItem, WriteItemType
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.item_bytes import from_item_bytes
 from dcp_engine.storage import WriteResult
-from storage_backends.layout import Piece, RankLayout, place_objects
+from storage_backends.layout import FileLayout, RankLayout, place_objects
 
 __all__ = [
     "ItemPlace",
@@ -106,14 +106,13 @@ def lay_out_items(
     stored.sort(key=lambda row: -_dtype(items[row]).itemsize)
     bounds = [entry_size_bound(items[row].index.fqn, len(_sizes(items[row]))) for row in stored]
     numbers = split_by_header_limit(np.array(bounds, np.int64)).tolist()
-    files: list[list[Piece]] = [[] for _ in range(max(numbers, default=-1) + 1)]
+    files = [FileLayout(number=number) for number in range(max(numbers, default=-1) + 1)]
+    ends = [0] * len(files)
     places = [ItemPlace(-1, 0, 0)] * len(items)
     for row, number in zip(stored, numbers, strict=True):
-        item = items[row]
-        last = files[number][-1] if files[number] else None
-        start = last.start + last.nbytes if last is not None else 0
-        places[row] = ItemPlace(number, start, sizes[row])
-        files[number].append(_piece(item, planner, start, sizes[row]))
+        places[row] = ItemPlace(number, ends[number], sizes[row])
+        ends[number] += sizes[row]
+        _add(files[number], items[row], planner, sizes[row])
     objects = [row for row, item in enumerate(items) if item.type.name == _BYTES]
     encoded = [(items[row].index.fqn, _encoded(items[row], planner), True) for row in objects]
     layout = place_objects(files, encoded)
@@ -150,19 +149,13 @@ def _nbytes(item: WriteItem) -> int:
     return int(np.prod(_sizes(item), dtype=np.int64)) * _dtype(item).itemsize
 
 
-def _piece(item: WriteItem, planner: SavePlanner, start: int, nbytes: int) -> Piece:
+def _add(file: FileLayout, item: WriteItem, planner: SavePlanner, nbytes: int) -> None:
     data = _data(item)
     shape = _sizes(item)
     is_whole = shape == tuple(data.size)
-    return Piece(
-        name=item.index.fqn,
-        offsets=None if is_whole else tuple(data.chunk.offsets),
-        code=code_of(_dtype(item)),
-        shape=shape,
-        start=start,
-        nbytes=nbytes,
-        data=_resolver(item, planner),
-    )
+    offsets = None if is_whole else tuple(data.chunk.offsets)
+    code = code_of(_dtype(item))
+    file.add(item.index.fqn, offsets, code, shape, nbytes, _resolver(item, planner))
 
 
 def _resolver(item: WriteItem, planner: SavePlanner) -> Callable[[], torch.Tensor]:

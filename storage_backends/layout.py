@@ -7,9 +7,9 @@ belong here: writing them (``write_files``), and deciding who writes what (``pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dcp_engine.errors import InvalidPlanError
@@ -17,12 +17,12 @@ from dcp_engine.format.dtypes import code_of
 from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.native_storage import ObjectReport
 from dcp_engine.planning.columns import RankAssignment
-from storage_backends.tensor_bytes import box_of, has_viewable_memory
+from storage_backends.tensor_bytes import box_of
 
 __all__ = [
     "INLINE_LIMIT",
+    "Data",
     "FileLayout",
-    "Piece",
     "RankLayout",
     "lay_out_assignment",
     "place_objects",
@@ -31,35 +31,44 @@ __all__ = [
 INLINE_LIMIT = 4096
 """Bytes of an encoded object that may stand in the manifest itself."""
 
-
-class Piece(NamedTuple):
-    """One chunk of a data file. A tuple: there may be a million of them."""
-
-    name: str
-    """Fully qualified name."""
-    offsets: tuple[int, ...] | None
-    """Where the box lies in the global tensor; None for a whole tensor, and for an object."""
-    code: int
-    """Dtype, as ``format.dtypes`` numbers it."""
-    shape: tuple[int, ...]
-    start: int
-    """Bytes behind the begin of the data section."""
-    nbytes: int
-    data: Callable[[], torch.Tensor | memoryview]
-    """The box, when its turn has come: a strided tensor on any device, or bytes."""
-    splittable: bool = False
-    """``data`` may be asked for more than once, and is bytes of this memory: several threads may
-    each write a part."""
+Data = torch.Tensor | memoryview | Callable[[], torch.Tensor]
+"""A box (a strided tensor on any device), bytes, or what resolves to the box when its turn has
+come."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FileLayout:
-    """One data file."""
+    """One data file: P pieces (chunks of tensors, and objects) in the order of their bytes, which
+    follow each other without gaps. Columns, because there may be a million of them."""
 
     number: int
-    pieces: tuple[Piece, ...]
-    """In order of ``start``, without gaps."""
-    data_bytes: int
+    names: list[str] = field(default_factory=list)
+    """Fully qualified names."""
+    offsets: list[tuple[int, ...] | None] = field(default_factory=list)
+    """Where the box lies in the global tensor; None for a whole tensor, and for an object."""
+    codes: list[int] = field(default_factory=list)
+    """Dtypes, as ``format.dtypes`` numbers them."""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Bytes."""
+    data: list[Data] = field(default_factory=list)
+
+    def add(
+        self,
+        name: str,
+        offsets: tuple[int, ...] | None,
+        code: int,
+        shape: tuple[int, ...],
+        nbytes: int,
+        data: Data,
+    ) -> None:
+        """One more piece, behind the others."""
+        self.names.append(name)
+        self.offsets.append(offsets)
+        self.codes.append(code)
+        self.shapes.append(shape)
+        self.sizes.append(nbytes)
+        self.data.append(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,7 @@ class RankLayout:
 def lay_out_assignment(
     assignment: RankAssignment,
     names: Sequence[str],
-    shapes: Sequence[Sequence[int]],
+    shapes: Sequence[tuple[int, ...]],
     tensors: Sequence[torch.Tensor],
     objects: Mapping[str, EncodedObject],
     inline: frozenset[str],
@@ -87,59 +96,74 @@ def lay_out_assignment(
     Raises ``InvalidPlanError(kind="results_mismatch")`` when the assignment does not fit the
     tensors, or leaves gaps: it was made for another state than this.
     """
-    totals = assignment.file_data_bytes.tolist()
-    pieces: list[list[Piece]] = [[] for _ in totals]
-    ends = [0] * len(totals)
+    _refuse_gaps(assignment, names)
+    files = [FileLayout(number=number) for number in range(len(assignment.file_data_bytes))]
     codes: dict[torch.dtype, int] = {}
-    for source, within, offsets, sizes, file, start, nbytes in zip(
-        assignment.source.tolist(),
-        assignment.within.tolist(),
-        assignment.offsets.tolist(),
-        assignment.sizes.tolist(),
-        assignment.file.tolist(),
-        assignment.start.tolist(),
-        assignment.nbytes.tolist(),
-        strict=True,
-    ):
-        name, tensor = names[source], tensors[source]
-        box = box_of(tensor, within, sizes)
-        ndim = box.ndim
-        if start != ends[file] or box.numel() * box.element_size() != nbytes:
-            raise _misfit(f"{nbytes} bytes at {start} are assigned to a box of {box.shape}", name)
-        ends[file] += nbytes
-        code = codes.get(box.dtype)
-        if code is None:
-            code = codes[box.dtype] = code_of(box.dtype)
-        shape = tuple(sizes[:ndim])
-        is_whole = shape == tuple(shapes[source][:ndim])
-        pieces[file].append(
-            Piece(
-                name=name,
-                offsets=None if is_whole else tuple(offsets[:ndim]),
-                code=code,
-                shape=shape,
-                start=start,
-                nbytes=nbytes,
-                data=_constant(box),
-                splittable=has_viewable_memory(box),
-            )
+    offsets = assignment.offsets
+    for row, (source, file, nbytes, sizes) in enumerate(
+        zip(
+            assignment.source.tolist(),
+            assignment.file.tolist(),
+            assignment.nbytes.tolist(),
+            map(tuple, assignment.sizes.tolist()),
+            strict=True,
         )
-    if ends != totals:
-        raise _misfit(f"the chunks of the files end at {ends}, planned are {totals}", None)
+    ):
+        box = tensors[source]
+        if box.nbytes != nbytes:
+            box = box_of(box, assignment.within[row].tolist(), sizes)
+            if box.nbytes != nbytes:
+                raise _misfit(
+                    f"{nbytes} bytes are assigned to a box of {tuple(box.shape)}", names[source]
+                )
+        dtype = box.dtype
+        code = codes.get(dtype)
+        if code is None:
+            code = codes[dtype] = code_of(dtype)
+        whole = shapes[source]
+        shape = sizes[: len(whole)]
+        files[file].add(
+            names[source],
+            None if shape == whole else tuple(offsets[row, : len(whole)].tolist()),
+            code,
+            shape,
+            nbytes,
+            box,
+        )
     missing = [name for name in assignment.objects if name not in objects]
     if missing:
         raise _misfit("an object is assigned to this rank, which does not hold it", missing[0])
     return place_objects(
-        pieces, [(name, objects[name], name in inline) for name in assignment.objects]
+        files, [(name, objects[name], name in inline) for name in assignment.objects]
     )
 
 
+def _refuse_gaps(assignment: RankAssignment, names: Sequence[str]) -> None:
+    """The chunks of each file follow each other from its begin to its planned end."""
+    for file, planned in enumerate(assignment.file_data_bytes.tolist()):
+        rows = np.flatnonzero(assignment.file == file)
+        nbytes = assignment.nbytes[rows]
+        ends = np.cumsum(nbytes)
+        wrong = np.flatnonzero(assignment.start[rows] != ends - nbytes)
+        if len(wrong):
+            row = rows[wrong[0]]
+            raise _misfit(
+                f"a chunk begins at {assignment.start[row]}, where no chunk before it ends",
+                names[int(assignment.source[row])],
+            )
+        end = int(ends[-1]) if len(rows) else 0
+        if end != planned:
+            raise _misfit(f"the chunks of file {file} end at {end}, planned is {planned}", None)
+
+
 def place_objects(
-    pieces: Sequence[Sequence[Piece]], objects: Iterable[tuple[str, EncodedObject, bool]]
+    files: list[FileLayout], objects: Iterable[tuple[str, EncodedObject, bool]]
 ) -> RankLayout:
     """Put ``objects`` (name, bytes, may be inline) behind the tensors of the last file, where
-    their changing sizes move nothing."""
-    files = [list(inside) for inside in pieces]
+    their changing sizes move nothing. ``files`` get longer by it."""
+    chunks = sum(len(file.names) for file in files)
+    end = sum(files[-1].sizes) if files else 0
+    code = code_of(torch.uint8)
     reports: list[ObjectReport] = []
     for name, encoded, may_be_inline in objects:
         nbytes = len(encoded.data)
@@ -147,37 +171,12 @@ def place_objects(
             reports.append(ObjectReport(name, encoded.pickled, encoded.data, 0, 0, nbytes))
             continue
         if not files:
-            files.append([])
+            files.append(FileLayout(number=0))
         last = files[-1]
-        start = last[-1].start + last[-1].nbytes if last else 0
-        reports.append(ObjectReport(name, encoded.pickled, None, len(files) - 1, start, nbytes))
-        last.append(
-            Piece(
-                name=name,
-                offsets=None,
-                code=code_of(torch.uint8),
-                shape=(nbytes,),
-                start=start,
-                nbytes=nbytes,
-                data=_constant(memoryview(encoded.data)),
-            )
-        )
-    return RankLayout(
-        files=tuple(
-            FileLayout(
-                number=number,
-                pieces=tuple(inside),
-                data_bytes=inside[-1].start + inside[-1].nbytes if inside else 0,
-            )
-            for number, inside in enumerate(files)
-        ),
-        objects=tuple(reports),
-        chunks=sum(len(inside) for inside in pieces),
-    )
-
-
-def _constant(value: torch.Tensor | memoryview) -> Callable[[], torch.Tensor | memoryview]:
-    return lambda: value
+        reports.append(ObjectReport(name, encoded.pickled, None, last.number, end, nbytes))
+        last.add(name, None, code, (nbytes,), nbytes, memoryview(encoded.data))
+        end += nbytes
+    return RankLayout(files=tuple(files), objects=tuple(reports), chunks=chunks)
 
 
 def _misfit(message: str, name: str | None) -> InvalidPlanError:

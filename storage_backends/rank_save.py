@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from dcp_engine.format.names import (
     extra_file_name,
     rank_manifest_name,
 )
-from dcp_engine.format.shard_file import HeaderEntry, encode_header, entry_name
+from dcp_engine.format.shard_file import encode_header_columns, entry_names
 from dcp_engine.native_storage import CommitRecord, FileReport, RankReport, SaveTicket
 from dcp_engine.planning.columns import GlobalPlan
 from dcp_engine.storage import ByteStore, Check
@@ -172,14 +173,14 @@ class RankSave:
     ) -> bytes:
         if not written:
             return b""
-        pieces = [(file.number, piece) for file in layout.files for piece in file.pieces]
+        sizes = [np.array(file.sizes, np.int64) for file in layout.files]
         data = encode_digests(
             block_size=self._options.block_size,
             header_digests=[(file.number, file.header_digest) for file in written],
-            file=np.array([number for number, _ in pieces], np.int32),
-            start=np.array([piece.start for _, piece in pieces], np.int64),
-            nbytes=np.array([piece.nbytes for _, piece in pieces], np.int64),
-            blocks=[blocks for file in written for blocks in file.blocks],
+            file=np.repeat([file.number for file in layout.files], [len(s) for s in sizes]),
+            start=np.concatenate([np.cumsum(s) - s for s in sizes]),
+            nbytes=np.concatenate(sizes),
+            blocks=np.concatenate([file.blocks for file in written]),
         )
         name = f"{self._directory}/{digest_file_name(self.ticket.rank)}"
         self._write_small(name, data, check)
@@ -319,15 +320,15 @@ def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:
 
 
 def _header(layout: FileLayout, save_id: str) -> bytes:
-    taken: set[str] = set()
-    entries: list[HeaderEntry] = []
-    for piece in layout.pieces:
-        name = entry_name(piece.name, piece.offsets, taken)
-        taken.add(name)
-        entries.append(
-            HeaderEntry(name, piece.code, piece.shape, piece.start, piece.start + piece.nbytes)
-        )
-    return encode_header(entries, {"format": "pt", "dcp_engine.save_id": save_id})
+    ends = list(accumulate(layout.sizes))
+    return encode_header_columns(
+        entry_names(layout.names, layout.offsets),
+        layout.codes,
+        layout.shapes,
+        [0, *ends[:-1]] if ends else [],
+        ends,
+        {"format": "pt", "dcp_engine.save_id": save_id},
+    )
 
 
 def _versions() -> Mapping[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dcp_engine.errors import StorageError
+from dcp_engine.state.adapters.memory import as_integers
 
 __all__ = [
     "box_of",
@@ -22,8 +23,6 @@ __all__ = [
     "memory_of",
     "require_little_endian",
 ]
-
-_PLAIN_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def require_little_endian() -> None:
@@ -75,9 +74,10 @@ def contiguous_slices(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor
     if has_viewable_memory(tensor):
         yield tensor
         return
+    tensor = as_integers(tensor.detach())
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes <= limit or tensor.ndim == 0:
-        copy = tensor.detach().resolve_conj().resolve_neg()
+        copy = tensor.resolve_conj().resolve_neg()
         yield copy.contiguous().cpu() if copy.device.type != "cpu" else copy.contiguous()
         return
     row = nbytes // tensor.shape[0]
@@ -105,12 +105,7 @@ def copy_box(
     """
     itemsize = destination.element_size()
     with torch.no_grad():
-        destination = destination.detach()
-        dtype = destination.dtype
-        if not (destination.is_conj() or destination.is_neg()) and itemsize in _PLAIN_DTYPES:
-            # Bits are copied as integers: several dtypes have no copy kernel of their own.
-            dtype = _PLAIN_DTYPES[itemsize]
-            destination = destination.view(dtype)
+        destination = as_integers(destination.detach())
         usable = (scratch.numel() - first) // itemsize * itemsize
-        elements = scratch[first : first + usable].view(dtype)
+        elements = scratch[first : first + usable].view(destination.dtype)
         destination.copy_(elements.as_strided(tuple(destination.shape), tuple(strides)))

@@ -6,9 +6,9 @@ Belongs here: cutting a file into jobs, and doing them. Does not belong here: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ from dcp_engine.format.digest import block_count, block_digests, digest_value
 from dcp_engine.storage import ByteStore, ByteStoreFile, Check
 from storage_backends.block_digester import BlockDigester
 from storage_backends.jobs import run_jobs
-from storage_backends.layout import FileLayout, Piece
+from storage_backends.layout import Data, FileLayout
 from storage_backends.tensor_bytes import contiguous_slices, has_viewable_memory, memory_of
 
 __all__ = ["WriteOptions", "WrittenFile", "write_file"]
 
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 WRITE_BYTES = 4 << 20
@@ -33,6 +34,8 @@ WRITE_BUFFERS = 1024
 """Buffers per call: what ``pwritev`` takes."""
 COPY_BYTES = 16 << 20
 """Largest copy of what cannot be written from its own memory; one a thread at a time."""
+SMALL_BYTES = 4096
+"""What is copied to be written: a buffer object over a tensor's memory costs more than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class WriteOptions:
     block_size: int
     """Bytes under one digest."""
     threads: int = 1
-    job_bytes: int = 64 << 20
+    job_bytes: int = 16 << 20
     """What one thread writes, about, before it takes the next job; at least two blocks."""
 
 
@@ -54,24 +57,31 @@ class WrittenFile:
     data_start: int
     size: int
     header_digest: int
-    blocks: tuple[U64, ...]
-    """Per piece, the digests of its blocks."""
-
-
-class _Part(NamedTuple):
-    """Bytes ``begin`` to ``end`` of a piece; ``begin`` is a multiple of the block size."""
-
-    piece: Piece
-    begin: int
-    end: int
-    digests: U64
+    blocks: U64
+    """The digests of all pieces' blocks, one behind the other."""
 
 
 class _Job(NamedTuple):
-    """Parts that follow each other in the file, and where the first one goes."""
+    """Pieces ``first`` to ``last`` of a file; of a single one perhaps only bytes ``begin`` to
+    ``end``, both block borders but for the piece's own end."""
 
-    offset: int
-    parts: list[_Part]
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+class _Plan(NamedTuple):
+    """A file, and where everything is."""
+
+    layout: FileLayout
+    data_start: int
+    starts: I64
+    """(P,) first byte of each piece behind ``data_start``."""
+    first_blocks: I64
+    """(P,) row of each piece's first digest."""
+    digests: U64
+    block_size: int
 
 
 def write_file(
@@ -88,16 +98,15 @@ def write_file(
     Raises ``InvalidPlanError(kind="results_mismatch")`` if the medium holds another number of
     bytes afterwards.
     """
-    size = len(header) + layout.data_bytes
-    digests = _empty_digests(layout.pieces, options.block_size)
-    jobs = list(_cut(layout.pieces, digests, len(header), options))
+    plan = _plan(layout, len(header), options.block_size)
+    size = len(header) + sum(layout.sizes)
     check()
     file = store.create(name, size)
     try:
         file.write([memoryview(header)], 0)
         run_jobs(
-            jobs,
-            lambda job, job_check: _write_job(file, job, options.block_size, job_check),
+            _cut(plan, options.job_bytes),
+            lambda job, job_check: _write_job(file, plan, job, job_check),
             threads=options.threads if store.random_write else 1,
             check=check,
         )
@@ -113,7 +122,7 @@ def write_file(
         data_start=len(header),
         size=size,
         header_digest=digest_value(header),
-        blocks=tuple(digests),
+        blocks=plan.digests,
     )
 
 
@@ -129,121 +138,69 @@ def _compare_size(store: ByteStore, name: str, size: int) -> None:
         )
 
 
-def _empty_digests(pieces: Sequence[Piece], block_size: int) -> list[U64]:
-    """One array per piece, all in one allocation."""
-    counts = [block_count(piece.nbytes, block_size) for piece in pieces]
-    together = np.empty(sum(counts), np.uint64)
-    ends = np.cumsum([0, *counts]).tolist()
-    return [together[begin:end] for begin, end in pairwise(ends)]
+def _plan(layout: FileLayout, data_start: int, block_size: int) -> _Plan:
+    sizes = np.array(layout.sizes, np.int64)
+    blocks = -(-sizes // block_size)
+    return _Plan(
+        layout=layout,
+        data_start=data_start,
+        starts=np.cumsum(sizes) - sizes,
+        first_blocks=np.cumsum(blocks) - blocks,
+        digests=np.empty(int(blocks.sum()), np.uint64),
+        block_size=block_size,
+    )
 
 
-def _cut(
-    pieces: Sequence[Piece], digests: Sequence[U64], data_start: int, options: WriteOptions
-) -> Iterator[_Job]:
+def _cut(plan: _Plan, job_bytes: int) -> Iterator[_Job]:
     """Jobs of some ``job_bytes``: many small pieces, or a part of a large one. What has to be
-    copied first is never cut: each part would copy the whole."""
-    parts: list[_Part] = []
-    offset = data_start
-    held = 0
-    for piece, blocks in zip(pieces, digests, strict=True):
-        begin = 0
-        while begin < piece.nbytes:
-            end = piece.nbytes
-            if piece.splittable:
-                end = min(end, begin + max(options.job_bytes - held, options.job_bytes // 2))
-                end = end if end == piece.nbytes else end - end % options.block_size
-            first = begin // options.block_size
-            last = block_count(end, options.block_size)
-            parts.append(_Part(piece, begin, end, blocks[first:last]))
-            held += end - begin
-            begin = end
-            if held >= options.job_bytes:
-                yield _Job(offset, parts)
-                offset, held, parts = offset + held, 0, []
-    if parts:
-        yield _Job(offset, parts)
+    copied first is never cut: each part would copy the whole. What has to be resolved neither."""
+    sizes = np.array(plan.layout.sizes, np.int64)
+    ends = plan.starts + sizes
+    large = [*np.flatnonzero(sizes >= job_bytes).tolist(), len(sizes)]
+    row = 0
+    for stop in large:
+        while row < stop:  # pieces that are all smaller than a job
+            last = int(np.searchsorted(ends, plan.starts[row] + job_bytes, side="right"))
+            last = min(max(last, row + 1), stop)
+            yield _Job(row, last, 0, 0)
+            row = last
+        if row < len(sizes):
+            yield from _cut_large(plan, row, job_bytes)
+            row += 1
 
 
-def _write_job(file: ByteStoreFile, job: _Job, block_size: int, check: Check) -> None:
-    batch = _Batch(file, job.offset, check)
-    for part in job.parts:
-        data = part.piece.data()
-        view = _whole_view(data, part.piece)
-        if view is not None:
-            _write_view(batch, view[part.begin : part.end], part.digests, block_size)
-        elif isinstance(data, torch.Tensor):
-            _write_copies(batch, data, part, block_size)
+def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
+    data, nbytes = plan.layout.data[row], plan.layout.sizes[row]
+    step = job_bytes - job_bytes % plan.block_size
+    if isinstance(data, torch.Tensor) and not has_viewable_memory(data) or callable(data):
+        step = nbytes
+    # The last part may be half as long again, rather than very short.
+    begin = 0
+    while nbytes - begin > step + step // 2:
+        yield _Job(row, row + 1, begin, begin + step)
+        begin += step
+    yield _Job(row, row + 1, begin, nbytes)
+
+
+def _write_job(file: ByteStoreFile, plan: _Plan, job: _Job, check: Check) -> None:
+    first, last, begin, end = job
+    layout = plan.layout
+    batch = _Batch(file, plan.data_start + int(plan.starts[first]) + begin, check)
+    at = int(plan.first_blocks[first]) + begin // plan.block_size
+    small: list[int] = []
+    # Small pieces are what there may be many of.
+    limit = min(SMALL_BYTES, plan.block_size)
+    for data, nbytes in zip(layout.data[first:last], layout.sizes[first:last], strict=True):
+        if nbytes <= limit and isinstance(data, torch.Tensor) and has_viewable_memory(data):
+            copy = ctypes.string_at(data.data_ptr(), nbytes)
+            small.append(digest_value(copy))
+            batch.add(copy, nbytes)
+            continue
+        plan.digests[at : at + len(small)] = small
+        at += len(small)
+        small = []
+        blocks = block_count((end or nbytes) - begin, plan.block_size)
+        _write_piece(batch, plan, first, data, (begin, end or nbytes), at)
+        at += blocks
+    plan.digests[at : at + len(small)] = small
     batch.flush()
-
-
-def _whole_view(data: torch.Tensor | memoryview, piece: Piece) -> memoryview | None:
-    """The bytes of ``data`` where they lie; None if they lie nowhere in that order."""
-    if isinstance(data, memoryview):
-        view: memoryview | None = data
-    else:
-        view = memory_of(data) if has_viewable_memory(data) else None
-    nbytes = data.nbytes
-    if nbytes != piece.nbytes:
-        raise InvalidPlanError(
-            f"{piece.nbytes} bytes are planned, and the data holds {nbytes}",
-            kind="results_mismatch",
-            tensor=piece.name,
-            hint="nothing was committed; resolve_data must return what the plan describes",
-        )
-    return view
-
-
-def _write_view(batch: _Batch, view: memoryview, digests: U64, block_size: int) -> None:
-    nbytes = view.nbytes
-    if nbytes <= block_size:
-        if nbytes:
-            digests[0] = digest_value(view)
-            batch.add(view, nbytes)
-        return
-    step = max(WRITE_BYTES // block_size, 1) * block_size
-    for begin in range(0, nbytes, step):
-        part = view[begin : begin + step]
-        at = begin // block_size
-        made = block_digests(part, block_size)
-        digests[at : at + len(made)] = made
-        batch.add(part, part.nbytes)
-
-
-def _write_copies(batch: _Batch, data: torch.Tensor, part: _Part, block_size: int) -> None:
-    """For tensors that are not contiguous, or not in this memory: copied slice by slice."""
-    digester = BlockDigester(part.digests, block_size)
-    for copy in contiguous_slices(data, COPY_BYTES):
-        view = memory_of(copy)
-        for begin in range(0, view.nbytes, WRITE_BYTES):
-            part_view = view[begin : begin + WRITE_BYTES]
-            digester.update(part_view)
-            batch.add(part_view, part_view.nbytes)
-        batch.flush()  # so that no more than one copy is held
-    digester.finish()
-
-
-class _Batch:
-    """Collects buffers that follow each other, and writes them a few megabytes at a time."""
-
-    def __init__(self, file: ByteStoreFile, offset: int, check: Check) -> None:
-        self._file = file
-        self._offset = offset
-        self._check = check
-        self._buffers: list[memoryview] = []
-        self._held = 0
-
-    def add(self, view: memoryview, nbytes: int) -> None:
-        """The next ``nbytes`` bytes."""
-        self._buffers.append(view)
-        self._held += nbytes
-        if self._held >= WRITE_BYTES or len(self._buffers) >= WRITE_BUFFERS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is held."""
-        if not self._buffers:
-            return
-        self._check()
-        self._file.write(self._buffers, self._offset)
-        self._offset += self._held
-        self._buffers, self._held = [], 0

@@ -59,7 +59,8 @@ class CoordinatorRole(Role):
         """``local`` begins; from now on the others may be missed."""
         now = self.clock.now()
         if self.step < 0:
-            self._next_tick = now  # the others learn at once that there is a coordinator
+            # Before anything can happen here the others learn that there is a coordinator.
+            self._emit(Event(kind="tick"))
         self.step = step
         self._phase = phase
         self._decide_phase = decide_phase

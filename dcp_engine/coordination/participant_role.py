@@ -52,11 +52,12 @@ class ParticipantRole(Role):
         return 0.0
 
     def begin_step(self, step: int, phase: str, decide_phase: str) -> None:
-        """Heartbeats begin with the first step."""
+        """Heartbeats begin with the first step, before anything can happen here."""
         self.step = step
         self._decide_phase = decide_phase
         if self._next_beat is None:
             self._next_beat = self.clock.now()
+            self._beat()
 
     def report(self, payload: bytes, phase: str, reply: Future[Reply]) -> None:
         """Publish the report, count it, and wait from the next turn on."""

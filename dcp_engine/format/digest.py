@@ -148,19 +148,25 @@ def encode_digests(
     file: I32 | I64,
     start: I64,
     nbytes: I64,
-    blocks: Sequence[U64],
+    blocks: Sequence[U64] | U64,
 ) -> bytes:
     """Encode one rank's digests.
 
     ``header_digests`` holds (file number, xxh3-64 of the header) per data file; ``file``,
     ``start`` and ``nbytes`` (C,) tell each chunk's place, in any order, and ``blocks[i]`` is what
-    ``block_digests`` gave for chunk ``i``. Chunks without bytes are left out.
+    ``block_digests`` gave for chunk ``i``; or ``blocks`` is all of these one behind the other,
+    where the chunks are in the order of (``file``, ``start``). Chunks without bytes are left out.
     """
     order = np.lexsort((start, file))
+    if isinstance(blocks, np.ndarray):
+        if (order != np.arange(len(order))).any():
+            raise ValueError("digests in one array are of chunks in order")
+        joined = blocks
     order = order[nbytes[order] > 0]
     headers = sorted(header_digests)
-    parts = [blocks[row] for row in order.tolist()]
-    joined = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+    if not isinstance(blocks, np.ndarray):
+        parts = [blocks[row] for row in order.tolist()]
+        joined = np.concatenate(parts) if parts else np.empty(0, np.uint64)
     expected = int((-(-nbytes[order] // block_size)).sum())
     if len(joined) != expected:
         raise ValueError(f"{len(joined)} block digests for chunks of {expected} blocks")

@@ -57,6 +57,7 @@ MAX_MANIFEST_BYTES = 4 << 30
 MAX_TOKEN_BYTES = 4096
 
 _encoder = msgspec.json.Encoder()
+_BEGIN = b'{"format":"dcp_engine","version":"'
 _HEAD = re.compile(rb'\{"format":"dcp_engine","version":"([0-9]{1,9})\.([0-9]{1,9})"[,}]')
 _TAIL = re.compile(rb',"manifest_xxh3_128":"([0-9a-f]{32})"\}\n')
 _TAIL_BYTES = len(b',"manifest_xxh3_128":""}\n') + 32
@@ -229,6 +230,10 @@ def _check_frame(data: bytes) -> str:
                 "the manifest is not what was written: its digest differs", kind="digest_mismatch"
             )
     head = _HEAD.match(data)
+    if head is None and _BEGIN.startswith(data):
+        raise DamagedCheckpointError(
+            f"the manifest ends after {len(data)} bytes", kind="manifest_truncated"
+        )
     if head is None:
         refuse("it does not begin as manifests of dcp_engine do")
     major, minor = int(head.group(1)), int(head.group(2))

@@ -27,7 +27,9 @@ __all__ = [
     "ParsedEntry",
     "ParsedHeader",
     "encode_header",
+    "encode_header_columns",
     "entry_name",
+    "entry_names",
     "entry_size_bound",
     "parse_data_start",
     "parse_header",
@@ -105,22 +107,66 @@ def encode_header(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -
 
     Raises ``UnsupportedStateError`` for a name that is not valid UTF-8.
     """
-    parts = [f'"{_METADATA}":'.encode() + _encode(dict(metadata))] if metadata else []
-    for entry in entries:
-        dtype, shape = stored_shape(info(entry.dtype_code), entry.shape)
-        parts.append(
-            b'%b:{"dtype":"%b","shape":[%b],"data_offsets":[%d,%d]}'
-            % (
-                _encode(entry.name),
-                dtype.encode(),
-                ",".join(map(str, shape)).encode(),
-                entry.begin,
-                entry.end,
-            )
-        )
-    body = b"{" + b",".join(parts) + b"}"
+    return encode_header_columns(
+        [entry.name for entry in entries],
+        [entry.dtype_code for entry in entries],
+        [entry.shape for entry in entries],
+        [entry.begin for entry in entries],
+        [entry.end for entry in entries],
+        metadata,
+    )
+
+
+def encode_header_columns(
+    names: Sequence[str],
+    dtype_codes: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    begins: Sequence[int],
+    ends: Sequence[int],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """``encode_header`` of columns; names are distinct, ``HeaderEntry`` says what they mean."""
+    middles: dict[tuple[int, tuple[int, ...]], str] = {}
+    parts = [f'"{_METADATA}":{_encode(dict(metadata)).decode()}'] if metadata else []
+    for name, code, shape, begin, end in zip(
+        _quoted(names), dtype_codes, shapes, begins, ends, strict=True
+    ):
+        middle = middles.get((code, shape))
+        if middle is None:
+            dtype, stored = stored_shape(info(code), shape)
+            sizes = ",".join(map(str, stored))
+            middle = f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
+            middles[code, shape] = middle
+        parts.append(f"{name}{middle}{begin},{end}]}}")
+    body = b"{" + ",".join(parts).encode() + b"}"
     padded = -(-(_LENGTH_BYTES + len(body)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - _LENGTH_BYTES
     return padded.to_bytes(_LENGTH_BYTES, "little") + body.ljust(padded)
+
+
+def entry_names(
+    fqns: Sequence[str], offsets: Sequence[Sequence[int] | None]
+) -> list[str]:
+    """``entry_name`` for all entries of one file, in order."""
+    names = [
+        fqn if at is None else f"{fqn}@{','.join(map(str, at))}"
+        for fqn, at in zip(fqns, offsets, strict=True)
+    ]
+    distinct = set(names)
+    if len(distinct) == len(names) and _METADATA not in distinct:
+        return names
+    taken: set[str] = set()
+    for row, (fqn, at) in enumerate(zip(fqns, offsets, strict=True)):
+        names[row] = entry_name(fqn, at, taken)
+        taken.add(names[row])
+    return names
+
+
+def _quoted(names: Sequence[str]) -> list[str]:
+    """Names as JSON strings."""
+    together = "".join(names)
+    if together.isascii() and together.isprintable() and not ('"' in together or "\\" in together):
+        return [f'"{name}"' for name in names]
+    return [_encode(name).decode() for name in names]
 
 
 def _encode(value: str | dict[str, str]) -> bytes:

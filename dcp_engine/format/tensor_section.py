@@ -30,6 +30,7 @@ from dcp_engine.format.json_columns import (
     encode_list,
     expand_column,
     object_fields,
+    read,
     refuse,
 )
 from dcp_engine.format.names import MAX_RANKS
@@ -52,6 +53,7 @@ A = TypeVar("A", bound=npt.NDArray[Any])
 
 _NO_ROW = -1
 _encoder = msgspec.json.Encoder()
+_table_decoder = msgspec.json.Decoder(list[Column])
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +344,7 @@ class TensorSectionReader:
         self, table: int, row: int, shape: tuple[int, ...]
     ) -> tuple[I64, I64, I32, I64]:
         what = f"chunks of {self.names[row]!r}"
-        columns: list[Column] = decode_as(list[Column], self._tables[table], what)
+        columns = read(what, lambda: _table_decoder.decode(self._tables[table]))
         ndim = len(shape)
         # A minor version may add columns behind these.
         if len(columns) < 2 * ndim + 2:

@@ -16,7 +16,9 @@ import torch
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
+from dcp_engine.errors import DamagedCheckpointError
 from dcp_engine.format.manifest import Manifest
+from dcp_engine.format.names import MANIFEST_NAME
 from dcp_engine.loader.agreed_manifest import agree_on_manifest
 from dcp_engine.loader.destination import Destination, Path
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
@@ -69,9 +71,10 @@ def load_columns(
 
     def plan() -> bytes:
         destination.resolve()
-        plans.append(
-            _plan(
-                agreed.open(),
+        manifest = agreed.open()
+        try:
+            plan = _plan(
+                manifest,
                 destination,
                 checkpoint=reader.checkpoint,
                 planner=planner,
@@ -79,7 +82,11 @@ def load_columns(
                 world_size=operation.world_size,
                 options=options,
             )
-        )
+        except DamagedCheckpointError as error:
+            if manifest.token is None:  # else it is one of several, or what they make together
+                error.with_context(file=MANIFEST_NAME)
+            raise
+        plans.append(plan)
         return b"1" if destination.has_stateful else b""
 
     def read() -> bytes:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from dcp_engine.coordination.interface import Decision, Operation
-from dcp_engine.default_planner import DefaultLoadPlanner, adopt_replaced_tensors
+from dcp_engine.default_planner import (
+    DefaultLoadPlanner,
+    adopt_replaced_tensors,
+    described_values,
+)
 from dcp_engine.error_context import located
 from dcp_engine.errors import InvalidPlanError
 from dcp_engine.foreign_calls import ObjectMail, takes_keywords
@@ -34,6 +38,7 @@ def load_items(
     """Carry one attempt at a load through on this rank."""
     mail = ObjectMail(operation.world_size)
     before: dict[str, object] = {}
+    reports: list[LoadReport] = []
 
     def here(action: Callable[[], bytes]) -> Callable[[], bytes]:
         def local() -> bytes:
@@ -52,6 +57,10 @@ def load_items(
         plan = reader.prepare_local_plan(planner.create_local_plan())
         if isinstance(planner, DefaultLoadPlanner):
             before.update(planner.state_dict)
+            wanted = dict.fromkeys(value.fqn for value in described_values(planner))
+        else:
+            wanted = dict.fromkeys(item.dest_index.fqn for item in plan.items)
+        reports.append(_report(metadata, wanted))
         return mail.send((destination.has_stateful, plan))
 
     def global_plan(messages: list[bytes]) -> Decision:
@@ -91,7 +100,18 @@ def load_items(
         if isinstance(reader, ColumnarReader):
             reader.close_checkpoint()
     run_restore(operation, here(restore), together=bool(stateful))
-    return LoadReport(save_id=None)
+    return reports[0]
+
+
+def _report(metadata: Metadata, wanted: Mapping[str, object]) -> LoadReport:
+    stored = metadata.state_dict_metadata
+    # By attribute: a reader of another origin may hand out torch's own metadata, old ones too.
+    meta = getattr(metadata, "storage_meta", None)
+    return LoadReport(
+        save_id=getattr(meta, "load_id", None),
+        missing=tuple(name for name in wanted if name not in stored),
+        unexpected=tuple(name for name in stored if name not in wanted),
+    )
 
 
 def _set_up_reader(reader: StorageReader, metadata: Metadata, operation: Operation) -> None:

@@ -86,12 +86,14 @@ def choose_object(
     fqn = request.value.fqn
     if (stored := manifest.objects.get(fqn)) is not None:
         return WantedObject(request=request, stored=(stored,), as_list=False)
-    if (by_rank := manifest.per_rank_objects.get(fqn)) is not None:
+    by_rank = manifest.per_rank_objects.get(fqn)
+    same_world = world_size == manifest.world_size
+    if by_rank is not None and same_world and rank in by_rank:
+        return WantedObject(request=request, stored=(by_rank[rank],), as_list=False)
+    if by_rank is not None and not same_world:
         if options.per_rank == "list":
             ordered = tuple(by_rank[r] for r in sorted(by_rank))
             return WantedObject(request=request, stored=ordered, as_list=True)
-        if world_size == manifest.world_size and rank in by_rank:
-            return WantedObject(request=request, stored=(by_rank[rank],), as_list=False)
         if options.per_rank == "skip":
             return None
         raise StateMismatchError(
@@ -115,7 +117,8 @@ def choose_object(
     if allow_partial:
         return None
     raise StateMismatchError(
-        "the checkpoint does not hold this key",
+        "the checkpoint does not hold this key"
+        + (" for this rank" if by_rank is not None else ""),
         kind="missing_key",
         checkpoint=checkpoint,
         tensor=fqn,

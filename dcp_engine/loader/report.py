@@ -12,7 +12,7 @@ class LoadReport:
     """The outcome of one load on this rank."""
 
     save_id: str | None
-    """Which save was read (None where the reader is not the engine's own)."""
+    """Which save was read (None where a reader of another origin does not say)."""
     missing: tuple[str, ...] = ()
     """Keys of the state dict that the checkpoint does not hold (partial loads only)."""
     unexpected: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dcp_engine.errors import DamagedCheckpointError, StateMismatchError
@@ -128,6 +129,7 @@ class _Parts:
         self._ndims: list[int] = []
         self._itemsizes: list[int] = []
         self._counts: list[int] = []
+        self._shared: list[bool] = []
         self._file: list[I32] = []
         self._start: list[I64] = []
         self._dest: list[I64] = []
@@ -162,6 +164,7 @@ class _Parts:
         self._ndims.append(ndim)
         self._itemsizes.append(stored.info.itemsize)
         self._counts.append(len(box))
+        self._shared.append(stored.alias_of is not None or stored.shares_bytes)
         self._file.append(chunks.file.take(chunk))
         self._start.append(chunks.start.take(chunk))
         self._dest.append(box + first)
@@ -190,7 +193,7 @@ class _Parts:
             position = position * chunk_sizes[:, d] + within[:, d]
         order = np.lexsort((start + position * itemsize, file))
         rows = np.repeat(np.arange(len(self._names), dtype=np.int32), self._counts)
-        return LoadColumns(
+        columns = LoadColumns(
             names=tuple(self._names),
             tensor=rows.take(order),
             ndims=np.repeat(np.array(self._ndims, np.uint8), self._counts).take(order),
@@ -203,6 +206,33 @@ class _Parts:
             lengths=lengths.take(order, axis=0),
             dest=np.concatenate([np.zeros(0, np.int64), *self._dest]).take(order).astype(np.int32),
             dest_within=dest_within.take(order, axis=0),
+        )
+        _refuse_shared_bytes(columns, np.array(self._shared, np.bool_))
+        return columns
+
+
+def _refuse_shared_bytes(columns: LoadColumns, shared: npt.NDArray[np.bool_]) -> None:
+    """Raise if two chunks that are read claim the same bytes; ``shared`` tensors may.
+
+    By position of what is read, chunks that do not overlap follow each other whole, so that
+    neighbours tell.
+    """
+    rows = np.flatnonzero(~shared[columns.tensor])
+    file, start = columns.file.take(rows), columns.chunk_start.take(rows)
+    tensor = columns.tensor.take(rows)
+    offsets = columns.chunk_offsets.take(rows, axis=0)
+    end = start + row_products(columns.chunk_sizes.take(rows, axis=0)) * columns.itemsize.take(rows)
+    same = (
+        (tensor[1:] == tensor[:-1])
+        & (start[1:] == start[:-1])
+        & (offsets[1:] == offsets[:-1]).all(axis=1)
+    )
+    clash = np.flatnonzero((file[1:] == file[:-1]) & (start[1:] < end[:-1]) & ~same)
+    if len(clash):
+        first = int(clash[0])
+        one, two = columns.names[int(tensor[first])], columns.names[int(tensor[first + 1])]
+        raise DamagedCheckpointError(
+            f"chunks of {one!r} and {two!r} claim the same bytes", kind="chunks_overlap", tensor=one
         )
 
 

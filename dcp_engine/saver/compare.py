@@ -18,6 +18,7 @@ from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.digest import digest_value
 from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.planning.replicas import compare_details
+from dcp_engine.state.adapters.memory import as_integers
 from dcp_engine.state.values import EntryKind, ObjectValue, Value
 
 __all__ = ["COMPARED_BYTES", "ReplicasDifferWarning", "compare_replicas", "digest_replicas"]
@@ -51,7 +52,9 @@ def digest_replicas(
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = as_integers(tensor.detach().cpu()).contiguous().reshape(-1)
+    # A single element may have any stride, which a view as bytes would refuse.
+    flat = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
     return memoryview(flat.numpy().data)
 
 

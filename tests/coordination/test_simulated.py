@@ -43,7 +43,8 @@ def test_every_rank_gets_the_decision(world_size: int, coordinator: int) -> None
 @pytest.mark.parametrize("failing", [[0], [2], [0, 1, 2], [1, 2]])
 @pytest.mark.parametrize("coordinator", [0, 2])
 def test_failures_in_local(how: str, failing: list[int], coordinator: int) -> None:
-    results = run(3, lambda session: cases.fail_in_local(session, failing, how, coordinator))
+    meet = threading.Barrier(3).wait
+    results = run(3, lambda session: cases.fail_in_local(session, failing, how, coordinator, meet))
     for rank, result in enumerate(results):
         assert result["after"] == b"0|1|2"
         if rank in failing and how in ("interrupt", "exit"):
@@ -68,12 +69,12 @@ def test_failures_in_decide(how: str, coordinator: int) -> None:
 
 
 def test_the_first_cause_is_first_and_interruptions_are_no_failures() -> None:
-    first_failed = threading.Event()
+    meet = threading.Barrier(4).wait
 
     def fn(session: StoreSession) -> Any:
         def local(operation: Operation) -> bytes:
+            meet()
             if session.rank == 3:
-                first_failed.set()
                 raise ValueError("the cause")
             if session.rank == 1:
                 while True:
@@ -93,9 +94,16 @@ def test_the_first_cause_is_first_and_interruptions_are_no_failures() -> None:
 
 
 def test_a_failed_operation_stays_failed() -> None:
+    meet = threading.Barrier(2).wait
+
     def fn(session: StoreSession) -> Any:
         with session.begin("save", "c", deadlines=DEADLINES) as operation:
-            first = outcome(lambda: operation.step("a", lambda: bytes(-1), echo))
+
+            def boom() -> bytes:
+                meet()
+                return bytes(-1)
+
+            first = outcome(lambda: operation.step("a", boom, echo))
             second = outcome(lambda: operation.step("b", lambda: b"", echo))
             assert first["ranks"] == second["ranks"]
             return sorted(first["ranks"]), operation.decide_once("abort")
@@ -180,6 +188,7 @@ def test_sessions_of_one_store_do_not_meet() -> None:
 
 def test_all_keys_are_removed() -> None:
     store = MemoryStore()
+    meet = threading.Barrier(3).wait
 
     def fn(session: StoreSession) -> None:
         for _ in range(5):
@@ -187,8 +196,8 @@ def test_all_keys_are_removed() -> None:
             with session.begin("save", "c", deadlines=DEADLINES) as operation:
                 operation.decide_once("commit")
                 operation.step("s", lambda: b"", echo)
-            outcome(lambda: cases.fail_in_local(session, [1], "plain"))
-            outcome(lambda: cases.fail_in_local(session, [0], "exit"))
+            outcome(lambda: cases.fail_in_local(session, [1], "plain", meet=meet))
+            outcome(lambda: cases.fail_in_local(session, [0], "exit", meet=meet))
 
     run(3, fn, store=store)
     assert store.keys() == []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import dcp_engine as dcp
 from tests.end_to_end.checkpoints import reader
 
 

@@ -42,7 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], Refusal]] = {
         {"model": {"weight": torch.zeros(24)}},
         mismatch("shape_mismatch", WEIGHT),
     ),
-    "a 0-d tensor": ({"model": {"half": torch.zeros(())}}, mismatch("shape_mismatch", "model.half")),
+    "a 0-d tensor": (
+        {"model": {"half": torch.zeros(())}},
+        mismatch("shape_mismatch", "model.half"),
+    ),
     "a narrower dtype": (
         {"model": {"weight": torch.zeros(4, 6, dtype=torch.bfloat16)}},
         mismatch("dtype_mismatch", WEIGHT),

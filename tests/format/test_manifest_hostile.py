@@ -87,9 +87,14 @@ def test_minor_versions_may_add_fields() -> None:
     assert manifest.objects["lr"].inline == b"\x01N"
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"null", b"\x80\x04.", b"PK\x03\x04" + bytes(100)])
+@pytest.mark.parametrize("data", [b"{}", b"null", b"\x80\x04.", b"PK\x03\x04" + bytes(100)])
 def test_other_files_are_no_manifests(data: bytes) -> None:
     assert kind_of(data) == "manifest_invalid"
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, 34])
+def test_the_first_bytes_alone_are_a_truncated_manifest(length: int) -> None:
+    assert kind_of(GOOD[:length]) == "manifest_truncated"
 
 
 def put(*path: str | int, value: object) -> Callable[[Fields], None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_engine.errors import DamagedCheckpointError
-from dcp_engine.format.tiling import check_tiling
+from dcp_engine.format.tiling import _slabs_in_order, check_tiling
 
 SETTINGS = settings(max_examples=200, deadline=None)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,8 +57,10 @@ def test_changed_tilings_pass_only_if_they_still_tile(
     case: tuple[tuple[int, ...], list[Box]], data: st.DataObject
 ) -> None:
     shape, boxes = case
+    if data.draw(st.booleans()):
+        boxes = sorted(boxes)  # as a writer orders them
     offsets, sizes = columns(boxes, len(shape))
-    for _ in range(data.draw(st.integers(1, 3)) if shape else 0):
+    for _ in range(data.draw(st.integers(0, 3)) if shape else 0):
         row = data.draw(st.integers(0, len(boxes) - 1))
         dim = data.draw(st.integers(0, len(shape) - 1))
         sizes[row, dim] = data.draw(st.integers(0, shape[dim]))
@@ -73,6 +77,28 @@ def test_changed_tilings_pass_only_if_they_still_tile(
         assert error.tensor == "w"
     else:
         assert tiles
+
+
+@SETTINGS
+@given(st.data())
+def test_what_a_mesh_makes_needs_no_random_points(data: st.DataObject) -> None:
+    """Slabs, cut into slabs of their own: ragged, but in order."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+
+    def cut(dim: int) -> list[Box]:
+        if dim == len(shape):
+            return [((), ())]
+        borders = sorted(data.draw(st.sets(st.integers(1, shape[dim]))) | {0, shape[dim]})
+        return [
+            ((begin, *offsets), (end - begin, *sizes))
+            for begin, end in pairwise(borders)
+            for offsets, sizes in cut(dim + 1)
+        ]
+
+    boxes = cut(0)
+    offsets, sizes = columns(boxes, len(shape))
+    assert _slabs_in_order(shape, offsets, sizes)
+    check_tiling(shape, offsets, sizes, tensor="w")
 
 
 def test_a_pinwheel_tiles() -> None:

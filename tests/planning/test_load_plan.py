@@ -26,9 +26,11 @@ def stored(
     boxes: Sequence[Box],
     *,
     file: int = 0,
+    begin: int = 0,
     dtype: torch.dtype = torch.float32,
+    alias_of: str | None = None,
 ) -> Any:
-    """A ``StoredTensor`` look-alike whose chunks lie one behind the other."""
+    """A ``StoredTensor`` look-alike whose chunks lie one behind the other from ``begin`` on."""
     sizes = np.array([b.sizes for b in boxes], np.int64).reshape(len(boxes), len(shape))
     nbytes = sizes.prod(axis=1) * dtype.itemsize
     return SimpleNamespace(
@@ -36,11 +38,13 @@ def stored(
         info=info(code_of(dtype)),
         dtype=dtype,
         shape=tuple(shape),
+        alias_of=alias_of,
+        shares_bytes=False,
         chunks=SimpleNamespace(
             offsets=np.array([b.offsets for b in boxes], np.int64).reshape(len(boxes), len(shape)),
             sizes=sizes,
             file=np.full(len(boxes), file, np.int32),
-            start=np.cumsum(nbytes) - nbytes,
+            start=begin + np.cumsum(nbytes) - nbytes,
             nbytes=nbytes,
         ),
     )
@@ -108,7 +112,8 @@ def reshardings(draw: st.DrawFn) -> tuple[list[Any], list[TensorValue], dict[str
             return [box for box in boxes if 0 not in box.sizes]
 
         name = f"t{number}"
-        tensors.append(stored(name, shape, draw(st.permutations(grid())), file=number % 2))
+        boxes = draw(st.permutations(grid()))
+        tensors.append(stored(name, shape, boxes, file=number % 2, begin=number << 20))
         sources[name] = content(shape, torch.float32) + 1
         wanted.append(tensor(name, shape, draw(st.lists(st.sampled_from(grid()), max_size=12))))
     return tensors, wanted, sources
@@ -248,3 +253,30 @@ def test_nothing_wanted() -> None:
     assert len(plan.columns.dest) == 0
     assert plan.columns.within.shape == (0, 1)
     assert EntryKind.SHARDED == 1
+
+
+@pytest.mark.parametrize("begin", [0, 4, 12])
+def test_bytes_that_two_chunks_claim_are_refused(begin: int) -> None:
+    def read(alias_of: str | None) -> LoadSource:
+        held = manifest(
+            [
+                stored("a", (4,), [whole((4,))]),
+                stored("b", (4,), [whole((4,))], begin=begin, alias_of=alias_of),
+                stored("c", (4,), [whole((4,))], begin=begin, file=1),
+            ]
+        )
+        wanted = [replicated(name, (4,)) for name in "abc"]
+        return make_load_columns(wanted, held, rank=0, world_size=2)
+
+    with pytest.raises(DamagedCheckpointError) as caught:
+        read(None)
+    assert (caught.value.kind, caught.value.tensor) == ("chunks_overlap", "a")
+    assert "'b'" in str(caught.value)
+    assert read("a").columns.names == ("a", "b", "c")
+
+
+def test_one_tensor_s_chunks_may_not_share_bytes_either() -> None:
+    held = stored("a", (4,), [Box(offsets=(0,), sizes=(2,)), Box(offsets=(2,), sizes=(2,))])
+    held.chunks.start[1] = 0
+    with pytest.raises(DamagedCheckpointError, match="'a' and 'a' claim the same bytes"):
+        make_load_columns([replicated("a", (4,))], manifest([held]), rank=0, world_size=2)

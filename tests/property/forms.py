@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_engine.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -90,13 +91,11 @@ class Sharded:
         else:
             local, inside = self.cut(raw, coordinate), True
         at = place(filling(local), dtype, self.memory if inside else "contiguous")
-        value = DTensor.from_local(
-            at.tensor,
-            mesh,
-            self.placements,
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
+        # As distribute_tensor makes them; from_local takes shape=() for no shape.
+        whole = torch.empty(shape, dtype=dtype, device="meta")
+        meta = TensorMeta(shape=whole.shape, stride=whole.stride(), dtype=dtype)
+        value = DTensor(
+            at.tensor, DTensorSpec(mesh, self.placements, tensor_meta=meta), requires_grad=False
         )
         return Held(value=value, places=(at,), expected=(local,))
 

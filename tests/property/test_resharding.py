@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from dcp_engine.saver import PlanMemory
 from storage_backends.filesystem_store import FileSystemStore
 from tests.property.jobs import SharedMemoryStore, load_world, save_world
-from tests.property.worlds import World, worlds
+from tests.property.worlds import World, examples, worlds
 
 # torch says so once, whenever something touches a complex32 tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(60))
 @given(worlds())
 def test_what_was_saved_is_what_is_loaded(world: World) -> None:
     store = SharedMemoryStore()
@@ -26,7 +26,7 @@ def test_what_was_saved_is_what_is_loaded(world: World) -> None:
     assert not wrong
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(15))
 @given(worlds())
 def test_a_remembered_plan_stores_the_new_values(world: World) -> None:
     """The second save goes by digest; the third, of other tensors, must not."""
@@ -40,7 +40,7 @@ def test_a_remembered_plan_stores_the_new_values(world: World) -> None:
     assert not load_world(smaller, lambda _: store)[1]
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(8))
 @given(worlds())
 def test_on_the_file_system(world: World) -> None:
     """Every rank with a store of its own."""

@@ -162,7 +162,7 @@ CASES: dict[str, tuple[Damage, str, str | None, str | None]] = {
     ),
     "an empty manifest": (
         lambda root: os.truncate(root / "manifest.json", 0),
-        "manifest_invalid",
+        "manifest_truncated",
         None,
         None,
     ),

@@ -15,7 +15,9 @@ from dcp_engine.state.adapters.torch_types import (
     is_fake,
 )
 
-__all__ = ["plain_memory", "refusal"]
+__all__ = ["as_integers", "plain_memory", "refusal"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 """Exact types that need no look at their class: nearly all tensors there are."""
@@ -27,6 +29,16 @@ _COUNTED_ELEMENTS = 1 << 24
 def refusal(fqn: str, what: str, hint: str | None = None) -> UnsupportedStateError:
     """The error for a value that could not be loaded again."""
     return UnsupportedStateError(what, tensor=fqn, hint=hint)
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same size, for copies: several dtypes (bits, integers of
+    less than a byte) have no copy kernel. What has no integer of its size, and conjugate or
+    negative views, whose bits are not their value, stay what they are."""
+    dtype = _INTEGERS.get(tensor.element_size())
+    if dtype is None or tensor.is_conj() or tensor.is_neg():
+        return tensor
+    return tensor.view(dtype)
 
 
 def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Tensor:
