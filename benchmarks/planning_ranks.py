@@ -37,51 +37,63 @@ def run(world_size: int, tensors: int) -> dict[str, Any]:
         mp.spawn(
             _rank, (world_size, tensors, store.port, directory, queue), nprocs=world_size, join=True
         )
-        told = [queue.get() for _ in range(world_size)]
-    saves = list(zip(*(rank["saves"] for rank in told), strict=True))
-
-    def middle(name: str, of: Sequence[Sequence[dict[str, float]]]) -> float:
-        return statistics.median(max(rank[name] for rank in save) for save in of)
-
-    names = list(saves[0][0])
+        told = sorted((queue.get() for _ in range(world_size)), key=lambda rank: rank["rank"])
     return {
         "world_size": world_size,
         "tensors": tensors,
-        "first": {name: middle(name, saves[:1]) for name in names},
-        "second": {name: middle(name, saves[1:]) for name in names},
+        "first": _middle(told, slice(0, 1)),
+        "second": _middle(told, slice(1, None)),
         "connections": max(rank["connections"] for rank in told),
     }
 
 
+def _middle(told: Sequence[dict[str, Any]], which: slice) -> dict[str, float]:
+    """Median over the saves of the slowest rank's times, of the busiest participant's traffic,
+    and of the coordinator's."""
+    coordinator, *others = [rank["saves"][which] for rank in told]
+    result: dict[str, float] = {}
+    for name in coordinator[0]:
+        if name.endswith("ms"):
+            result[name] = _median_of_worst(name, [coordinator, *others])
+        else:
+            result[name] = _median_of_worst(name, others)
+            result[f"coordinator_{name}"] = _median_of_worst(name, [coordinator])
+    return result
+
+
+def _median_of_worst(name: str, ranks: Sequence[Sequence[dict[str, float]]]) -> float:
+    return statistics.median(
+        max(save[name] for save in at_once) for at_once in zip(*ranks, strict=True)
+    )
+
+
+_COLUMNS = {
+    "planning ms": "plan_ms",
+    "of it describing ms": "own_ms",
+    "whole save ms": "save_ms",
+    "a rank's bytes out": "bytes_out",
+    "bytes in": "bytes_in",
+    "calls": "calls",
+    "coordinator's bytes out": "coordinator_bytes_out",
+    "bytes in ": "coordinator_bytes_in",
+    "calls ": "coordinator_calls",
+}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """As Markdown; the slowest or busiest rank counts."""
-    cells = []
-    for row in rows:
-        for save in ("first", "second"):
-            figures = row[save]
-            cells.append(
-                [
-                    str(row["world_size"]),
-                    save,
-                    *(
-                        number(figures[name])
-                        for name in ("plan_ms", "save_ms", "bytes_out", "bytes_in", "calls")
-                    ),
-                    str(row["connections"]),
-                ]
-            )
+    """As Markdown."""
     return markdown_table(
-        (
-            "ranks",
-            "save",
-            "planning ms",
-            "whole save ms",
-            "bytes out a rank",
-            "bytes in a rank",
-            "store calls a rank",
-            "connections",
-        ),
-        cells,
+        ("ranks", "save", *_COLUMNS, "connections a rank"),
+        [
+            [
+                str(row["world_size"]),
+                save,
+                *(number(row[save][name]) for name in _COLUMNS.values()),
+                str(row["connections"]),
+            ]
+            for row in rows
+            for save in ("first", "second")
+        ],
     )
 
 
@@ -102,7 +114,7 @@ def _rank(rank: int, world_size: int, tensors: int, port: int, directory: str, q
             engine.save(state, storage_writer=writer(Path(directory) / f"step-{number_}"))
             seconds = time.perf_counter() - began
             saves.append({**engine.take(), "save_ms": seconds * 1e3})
-        queue.put({"saves": saves, "connections": engine.connections})
+        queue.put({"rank": rank, "saves": saves, "connections": engine.connections})
     dist.barrier()
     dist.destroy_process_group()
 

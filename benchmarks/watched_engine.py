@@ -30,7 +30,7 @@ class WatchedEngine(Engine):
         if not isinstance(session, StoreSession):
             raise RuntimeError("this job has no store")
         self._session = self._watched = session
-        self._planning = 0.0
+        self._planning = self._describing = 0.0
         self._before = session.counters
         begin = session.begin
 
@@ -44,12 +44,21 @@ class WatchedEngine(Engine):
                 decide: Callable[[list[bytes]], Decision],
                 **options: Any,
             ) -> tuple[bytes, bytes]:
+                if phase not in _PLANNING:
+                    return step(phase, local, decide, **options)
+
+                def timed_local() -> bytes:
+                    began = time.perf_counter()
+                    try:
+                        return local()
+                    finally:
+                        self._describing += time.perf_counter() - began
+
                 began = time.perf_counter()
                 try:
-                    return step(phase, local, decide, **options)
+                    return step(phase, timed_local, decide, **options)
                 finally:
-                    if phase in _PLANNING:
-                        self._planning += time.perf_counter() - began
+                    self._planning += time.perf_counter() - began
 
             operation.step = timed  # type: ignore[method-assign]
             return operation
@@ -63,10 +72,12 @@ class WatchedEngine(Engine):
 
     def take(self) -> dict[str, float]:
         """Planning time and traffic since the last call."""
-        now, before, planning = self._watched.counters, self._before, self._planning
-        self._before, self._planning = now, 0.0
+        now, before = self._watched.counters, self._before
+        planning, describing = self._planning, self._describing
+        self._before, self._planning, self._describing = now, 0.0, 0.0
         return {
             "plan_ms": planning * 1e3,
+            "own_ms": describing * 1e3,
             "bytes_out": now.bytes_out - before.bytes_out,
             "bytes_in": now.bytes_in - before.bytes_in,
             "calls": now.total - before.total,

@@ -29,7 +29,7 @@ from storage_backends.directory_entries import (
     walk,
 )
 from storage_backends.names import split_name
-from storage_backends.os_errors import storage_errors
+from storage_backends.os_errors import storage_error, storage_errors
 from storage_backends.vectored_io import pread_all, pwrite_all
 
 __all__ = ["FileSystemStore", "path_of"]
@@ -119,7 +119,13 @@ class FileSystemStore(ByteStore):
 
     def make_directory(self, name: str) -> None:
         with storage_errors("create the directory", checkpoint=self.url, file=name):
-            self._make_root()
+            try:
+                self._make_root()
+            except FileNotFoundError as error:
+                # A link to nowhere, or a pseudo file system: nobody removed anything.
+                raise storage_error(
+                    error, "create the directory", checkpoint=self.url, file=name
+                ) from error
             parts = split_name(name, store=self.url)
             for depth, part in enumerate(parts):
                 with self._directory(parts[:depth], name) as parent:
@@ -142,6 +148,7 @@ class FileSystemStore(ByteStore):
             with suppress(FileExistsError):
                 os.mkdir(path)
             self._sync_path(os.path.dirname(path))
+        os.stat(self._root)
 
     def _sync_path(self, path: str) -> None:
         if not self.durable_sync:

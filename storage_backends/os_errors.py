@@ -24,6 +24,7 @@ _KINDS = {
     errno.EROFS: ("permission_denied", "the file system is mounted read-only"),
     errno.EMFILE: ("io_error", "raise the limit of open files (ulimit -n)"),
     errno.ENFILE: ("io_error", "the machine has too many open files"),
+    errno.ENOENT: ("io_error", "nothing can be created at this path; check it"),
     errno.ENOTDIR: ("io_error", "a part of the path is a file, not a directory"),
     errno.ENAMETOOLONG: ("io_error", "choose a shorter path"),
     errno.ESTALE: ("io_error", "the network file system lost the file; try again"),

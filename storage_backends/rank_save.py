@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import accumulate
@@ -73,6 +74,7 @@ class RankSave:
         self._options = options
         self._overwrite = overwrite
         self._directory = data_directory(ticket.save_id)
+        self._begun = False
         self._written: list[str] = []
         self._extra: list[ExtraFile] = []
         self._replaced: _Replaced | None = None
@@ -102,12 +104,14 @@ class RankSave:
         self._extra_names()
         with writing(store, "look for a checkpoint", file=self._manifest_name):
             self._refuse_present()
-        with writing(store, "create the data directory", file=self._directory):
-            store.make_directory(self._directory)
+        self._begun = True
+        # All directories now: one that is missing later was removed, and must stay so.
+        for directory in (self._directory, *_parents(self._directory, self._own_extra())):
+            with writing(store, "create the data directory", file=directory):
+                store.make_directory(directory)
         if self._is_coordinator:
             name = f"{self._directory}/{OWNER_NAME}"
-            self._written.append(name)
-            with writing(store, "write the owner record", file=name):
+            with self._writing(name, "write the owner record"):
                 store.put(name, owner_record(ticket.identity))
 
     def _refuse_present(self) -> None:
@@ -142,20 +146,23 @@ class RankSave:
         except ValueError as error:
             raise UsageError(str(error), checkpoint=self.store.url) from error
 
+    def _own_extra(self) -> dict[str, bytes]:
+        """The extra files that this rank writes, by stored name: all on the coordinator."""
+        if not self._is_coordinator:
+            return {}
+        return {s: self.ticket.extra_files[n] for n, s in self._extra_names().items()}
+
     def write(self, layout: RankLayout, check: Check) -> RankReport:
         """Write and sync all files of ``layout``, their digests, and on the coordinator the
         caller's extra files; then the directory."""
         written: list[WrittenFile] = []
         for file in layout.files:
             name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
-            with writing(self.store, "write the data file", file=name):
+            with self._writing(name, "write the data file"):
                 header = _header(file, self.ticket.save_id)
-                self._written.append(name)
                 written.append(write_file(self.store, name, file, header, self._options, check))
         digests = self._write_digests(layout, written, check)
-        if self._is_coordinator:
-            files = {s: self.ticket.extra_files[n] for n, s in self._extra_names().items()}
-            self._write_extra_files(files, check)
+        self._write_extra_files(self._own_extra(), check)
         check()
         with writing(self.store, "make the data directory durable", file=self._directory):
             self.store.sync_directory(self._directory)
@@ -186,10 +193,20 @@ class RankSave:
         self._write_small(name, data, check)
         return data
 
+    @contextmanager
+    def _writing(self, name: str, action: str) -> Iterator[None]:
+        """File ``name`` goes if the save fails; not so if it was somebody else's before."""
+        with writing(self.store, action, file=name):
+            self._written.append(name)
+            try:
+                yield
+            except FileExistsError:
+                self._written.remove(name)
+                raise
+
     def _write_small(self, name: str, data: bytes, check: Check) -> None:
         check()
-        with writing(self.store, "write the file", file=name):
-            self._written.append(name)
+        with self._writing(name, "write the file"):
             file = self.store.create(name, len(data))
             try:
                 if data:
@@ -201,24 +218,22 @@ class RankSave:
                 raise
 
     def _write_extra_files(self, files: Mapping[str, bytes], check: Check) -> None:
-        directories: set[str] = set()
         for stored, content in files.items():
-            full = f"{self._directory}/{stored}"
-            parent = full.rpartition("/")[0]
-            with writing(self.store, "create the directory", file=parent):
-                if parent not in directories:
-                    self.store.make_directory(parent)
-                    directories.add(parent)
-            self._write_small(full, content, check)
+            self._write_small(f"{self._directory}/{stored}", content, check)
             self._extra.append(
                 ExtraFile(name=stored, size=len(content), xxh3_128=xxh3_128_hex(content))
             )
-        for directory in sorted(directories):
+        for directory in reversed(_parents(self._directory, files)):
             with writing(self.store, "make the directory durable", file=directory):
                 self.store.sync_directory(directory)
 
     def add_extra_file(self, stored: str, content: bytes) -> None:
         """Write one more extra file (``extra/...``), after ``write`` and before ``commit``."""
+        for directory in _parents(self._directory, [stored]):
+            with writing(self.store, "create the directory", file=directory):
+                if self._written:
+                    self.store.size(self._written[0])  # not there if the data was removed
+                self.store.make_directory(directory)
         self._write_extra_files({stored: content}, lambda: None)
 
     def commit(
@@ -267,7 +282,7 @@ class RankSave:
             return
         try:
             self._remove_replaced(self._replaced.observed)
-        except (CheckpointError, OSError):
+        except Exception:  # whatever a store raises: the new checkpoint is committed
             logger.warning("could not remove old data from %s", self.store.url, exc_info=True)
 
     def _remove_replaced(self, observed: str | None) -> None:
@@ -290,14 +305,17 @@ class RankSave:
 
     def abort(self) -> None:
         """Remove what this rank wrote; the last rank to do so removes the data directory."""
+        if not self._begun:
+            return
         store = self.store
         owner = f"{self._directory}/{OWNER_NAME}"
         store.delete(reversed([name for name in self._written if name != owner]))
         # Somebody else's files keep the directory, and the owner record that explains it.
         rest = [file.name for file in store.list(f"{self._directory}/")]
-        if rest in ([], [owner], [f"{self._directory}/"]):
-            store.delete([owner, self._directory])
-        elif self._is_coordinator and owner in rest:
+        empty = [name for name in rest if name.endswith("/")]
+        if not set(rest) - {owner, *empty}:
+            store.delete([*empty, owner, self._directory])
+        elif self.ticket.use_collectives and owner in self._written:
             store.put(owner, owner_record(self.ticket.identity, given_up=True))
         self._written.clear()
 
@@ -310,6 +328,15 @@ class RankSave:
         over = self.store.atomic_replace
         if over and self._is_coordinator and owner in self._written:
             self.store.put(owner, owner_record(self.ticket.identity, given_up=True))
+
+
+def _parents(directory: str, files: Iterable[str]) -> list[str]:
+    """The directories below ``directory`` that ``files`` lie in, parents first."""
+    found: set[str] = set()
+    for name in files:
+        parts = name.split("/")[:-1]
+        found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return [f"{directory}/{name}" for name in sorted(found)]
 
 
 def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:

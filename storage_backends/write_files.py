@@ -6,7 +6,6 @@ Belongs here: cutting a file into jobs, and doing them. Does not belong here: wh
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +20,12 @@ from dcp_engine.storage import ByteStore, ByteStoreFile, Check
 from storage_backends.block_digester import BlockDigester
 from storage_backends.jobs import run_jobs
 from storage_backends.layout import Data, FileLayout
-from storage_backends.tensor_bytes import contiguous_slices, has_viewable_memory, memory_of
+from storage_backends.tensor_bytes import (
+    MemoryViews,
+    contiguous_slices,
+    has_viewable_memory,
+    memory_of,
+)
 
 __all__ = ["WriteOptions", "WrittenFile", "write_file"]
 
@@ -34,8 +38,6 @@ WRITE_BUFFERS = 1024
 """Buffers per call: what ``pwritev`` takes."""
 COPY_BYTES = 16 << 20
 """Largest copy of what cannot be written from its own memory; one a thread at a time."""
-SMALL_BYTES = 4096
-"""What is copied to be written: a buffer object over a tensor's memory costs more than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def _cut(plan: _Plan, job_bytes: int) -> Iterator[_Job]:
 def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
     data, nbytes = plan.layout.data[row], plan.layout.sizes[row]
     step = job_bytes - job_bytes % plan.block_size
-    if isinstance(data, torch.Tensor) and not has_viewable_memory(data) or callable(data):
+    if (isinstance(data, torch.Tensor) and not has_viewable_memory(data)) or callable(data):
         step = nbytes
     # The last part may be half as long again, rather than very short.
     begin = 0
@@ -184,23 +186,110 @@ def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
 
 def _write_job(file: ByteStoreFile, plan: _Plan, job: _Job, check: Check) -> None:
     first, last, begin, end = job
-    layout = plan.layout
+    layout, block_size = plan.layout, plan.block_size
     batch = _Batch(file, plan.data_start + int(plan.starts[first]) + begin, check)
-    at = int(plan.first_blocks[first]) + begin // plan.block_size
+    if end:
+        _write_piece(batch, plan, first, begin, end)
+        batch.flush()
+        return
+    at = int(plan.first_blocks[first])
+    # The digests of pieces of one block, since row ``at``.
     small: list[int] = []
-    # Small pieces are what there may be many of.
-    limit = min(SMALL_BYTES, plan.block_size)
+    views = MemoryViews()
+    row = first
     for data, nbytes in zip(layout.data[first:last], layout.sizes[first:last], strict=True):
-        if nbytes <= limit and isinstance(data, torch.Tensor) and has_viewable_memory(data):
-            copy = ctypes.string_at(data.data_ptr(), nbytes)
-            small.append(digest_value(copy))
-            batch.add(copy, nbytes)
-            continue
-        plan.digests[at : at + len(small)] = small
-        at += len(small)
-        small = []
-        blocks = block_count((end or nbytes) - begin, plan.block_size)
-        _write_piece(batch, plan, first, data, (begin, end or nbytes), at)
-        at += blocks
+        if 0 < nbytes <= block_size and type(data) is torch.Tensor and has_viewable_memory(data):
+            view = views.of(data, nbytes)
+            small.append(digest_value(view))
+            batch.add(view, nbytes)
+        else:
+            plan.digests[at : at + len(small)] = small
+            _write_piece(batch, plan, row, 0, nbytes)
+            at += len(small) + block_count(nbytes, block_size)
+            small = []
+        row += 1
     plan.digests[at : at + len(small)] = small
     batch.flush()
+
+
+def _write_piece(batch: _Batch, plan: _Plan, row: int, begin: int, end: int) -> None:
+    """Bytes ``begin`` (a block border) to ``end`` of one piece."""
+    data = _resolved(plan.layout, row)
+    at = int(plan.first_blocks[row]) + begin // plan.block_size
+    digests = plan.digests[at : at + block_count(end - begin, plan.block_size)]
+    if isinstance(data, memoryview):
+        _write_view(batch, data[begin:end], digests, plan.block_size)
+    elif has_viewable_memory(data):
+        _write_view(batch, memory_of(data)[begin:end], digests, plan.block_size)
+    else:
+        _write_copies(batch, data, digests, plan.block_size)
+
+
+def _resolved(layout: FileLayout, row: int) -> torch.Tensor | memoryview:
+    data: Data = layout.data[row]
+    if not isinstance(data, torch.Tensor | memoryview):
+        data = data()
+    if data.nbytes != layout.sizes[row]:
+        raise InvalidPlanError(
+            f"{layout.sizes[row]} bytes are planned, and the data holds {data.nbytes}",
+            kind="results_mismatch",
+            tensor=layout.names[row],
+            hint="nothing was committed; resolve_data must return what the plan describes",
+        )
+    return data
+
+
+def _write_view(batch: _Batch, view: memoryview, digests: U64, block_size: int) -> None:
+    nbytes = view.nbytes
+    if nbytes <= block_size:
+        if nbytes:
+            digests[0] = digest_value(view)
+            batch.add(view, nbytes)
+        return
+    step = max(WRITE_BYTES // block_size, 1) * block_size
+    for begin in range(0, nbytes, step):
+        part = view[begin : begin + step]
+        at = begin // block_size
+        made = block_digests(part, block_size)
+        digests[at : at + len(made)] = made
+        batch.add(part, part.nbytes)
+
+
+def _write_copies(batch: _Batch, data: torch.Tensor, digests: U64, block_size: int) -> None:
+    """For tensors that are not contiguous, or not in this memory: copied slice by slice."""
+    digester = BlockDigester(digests, block_size)
+    for copy in contiguous_slices(data, COPY_BYTES):
+        view = memory_of(copy)
+        for begin in range(0, view.nbytes, WRITE_BYTES):
+            part = view[begin : begin + WRITE_BYTES]
+            digester.update(part)
+            batch.add(part, part.nbytes)
+        batch.flush()  # so that no more than one copy is held
+    digester.finish()
+
+
+class _Batch:
+    """Collects buffers that follow each other, and writes them a few megabytes at a time."""
+
+    def __init__(self, file: ByteStoreFile, offset: int, check: Check) -> None:
+        self._file = file
+        self._offset = offset
+        self._check = check
+        self._buffers: list[memoryview] = []
+        self._held = 0
+
+    def add(self, view: memoryview, nbytes: int) -> None:
+        """The next ``nbytes`` bytes."""
+        self._buffers.append(view)
+        self._held += nbytes
+        if self._held >= WRITE_BYTES or len(self._buffers) >= WRITE_BUFFERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not self._buffers:
+            return
+        self._check()
+        self._file.write(self._buffers, self._offset)
+        self._offset += self._held
+        self._buffers, self._held = [], 0

@@ -73,7 +73,9 @@ class OperationClock:
         left: list[float] = []
         if self.deadlines.timeout is not None:
             left.append(self.started + self.deadlines.timeout - now)
-        if phase in limits and decide_phase in limits:
+        if phase in limits and phase == decide_phase:
+            left.append(entered + limits[phase] - now)
+        elif phase in limits and decide_phase in limits:
             left.append(entered + limits[phase] + limits[decide_phase] - now)
         return min(left) if left else None
 

@@ -185,7 +185,8 @@ class CoordinatorRole(Role):
             return
         payloads.insert(self.rank, self._own_payload)
         self._state = "deciding"
-        self.clock.enter(self._decide_phase)
+        if self._decide_phase != self._phase:
+            self.clock.enter(self._decide_phase)
         self._resolve(Granted(reports=payloads))
 
     def _out_of_step(self, rank: int, report: Report) -> FailureRecord:

@@ -65,9 +65,10 @@ class SingleOperation(Operation):
         try:
             self.check()
             report = bytes(local())
-            phase = decide_phase or phase
-            self._clock.enter(phase)
             self.check()
+            if decide_phase is not None:
+                phase = decide_phase
+                self._clock.enter(phase)
             decision = decide([report])
             per_rank = checked_answers(decision, self.world_size)
         except BaseException as error:

@@ -126,7 +126,12 @@ class StoreThread(Generic[_RoleT]):
         """End the thread after what was asked before; return whether it ended in time, which it
         does not while a call to the store does not return."""
         self._requests.put(None)
-        return self._ended.wait(limit)
+        if not self._ended.wait(limit):
+            return False
+        # A thread that still unwinds when the interpreter goes would release its connection then,
+        # which aborts the process.
+        self._thread.join(limit)
+        return True
 
     def _submit(self, request: _Request) -> None:
         with self._refuse:

@@ -22,7 +22,7 @@ _engines: dict[int, tuple[object, Engine]] = {}
 def default_engine(process_group: dist.ProcessGroup | None = None) -> Engine:
     """The engine that the module functions use for ``process_group``.
 
-    One whose group was destroyed is closed and replaced.
+    One whose group was destroyed is closed and replaced, and so is one that somebody closed.
     """
     group = process_group
     if group is None and dist.is_available() and dist.is_initialized():
@@ -33,7 +33,7 @@ def default_engine(process_group: dist.ProcessGroup | None = None) -> Engine:
                 del _engines[key]
                 engine.close()
         key = 0 if group is None else id(group)
-        if key not in _engines:
+        if key not in _engines or _engines[key][1].closed:
             _engines[key] = (group, Engine(process_group))
         return _engines[key][1]
 

@@ -88,6 +88,11 @@ class Engine:
         strict_replicas: bool = False,
     ) -> Metadata:
         """See :func:`dcp_engine.save`."""
+        if use_collectives and save_id is not None:
+            raise UsageError(
+                "save_id is for use_collectives=False; with collectives the coordinator makes one",
+                hint="leave save_id out",
+            )
         writer = storage_writer
         if writer is None:
             writer = self._registry.writer(_required(checkpoint_id, "storage_writer"))
@@ -99,7 +104,7 @@ class Engine:
             use_collectives=use_collectives,
             extra_files=dict(extra_files or {}),
             user_metadata=dict(user_metadata or {}),
-            save_id=save_id if use_collectives else self._token(place, save_id),
+            save_id=None if use_collectives else self._token(place, save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
@@ -153,6 +158,11 @@ class Engine:
         """Forget the plans of earlier saves; the next save plans anew, on all ranks."""
         self._plans.clear()
         self._alone_plans.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
 
     def close(self) -> None:
         """Close the session's connections."""

@@ -9,7 +9,6 @@ one rank that does not have it makes everybody plan anew.
 
 from __future__ import annotations
 
-import uuid
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -110,7 +109,7 @@ class Agreement:
             )
         )
 
-    def decide(self, messages: list[bytes]) -> Decision:
+    def decide(self, messages: list[bytes], save_id: str) -> Decision:
         """The coordinator's part of step ``agree``."""
         offers = [msgspec.msgpack.decode(message, type=_Offer) for message in messages]
         self._id = plan_id([offer.fingerprint for offer in offers])
@@ -119,7 +118,7 @@ class Agreement:
         return Decision(
             common=msgspec.msgpack.encode(
                 _Verdict(
-                    save_id=uuid.uuid4().hex,
+                    save_id=save_id,
                     plan=NO_PLAN if self._global_plan is None else self._id,
                     compare=needs_details([offer.summary for offer in offers]),
                 )

@@ -74,6 +74,7 @@ def save_collective_free(
                 error,
                 abort=writer.abort_save,
                 leave_in_doubt=writer.leave_in_doubt,
+                reported=True,
                 checkpoint=writer.checkpoint,
             )
         raise

@@ -16,6 +16,7 @@ from dcp_engine.default_planner import DefaultSavePlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import ConflictError
 from dcp_engine.format.metadata_view import ManifestMetadata
+from dcp_engine.format.names import new_save_id
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, RankReport, SaveTicket
 from dcp_engine.saver.agreement import Agreed, Agreement
@@ -41,7 +42,7 @@ def save_columns(
     ticket: Callable[[str], SaveTicket],
 ) -> Metadata:
     """Carry one save through on this rank; see the module docstring for the order."""
-    save = _ColumnarSave(operation, checkpoint_id, writer)
+    save = _ColumnarSave(operation, checkpoint_id, writer, ticket)
     strict = options.strict_replicas or planner.strict_replicas
     agreement = Agreement(
         operation,
@@ -50,12 +51,26 @@ def save_columns(
         strict_replicas=strict,
         checkpoint=writer.checkpoint,
     )
-    prepared, answer = save.agree(
-        agreement,
-        lambda: prepare(state_dict, planner=planner, group=group, strict_replicas=strict),
-    )
-    agreed = agreement.settle(answer, prepared)
-    record = save.write(lambda: ticket(agreed.save_id), prepared, agreed)
+    try:
+        prepared, answer = save.agree(
+            agreement,
+            lambda: prepare(state_dict, planner=planner, group=group, strict_replicas=strict),
+        )
+        agreed = agreement.settle(answer, prepared)
+        record = save.write(prepared, agreed)
+    except BaseException as error:
+        settle_failure(
+            operation,
+            error,
+            abort=writer.abort_save,
+            leave_in_doubt=writer.leave_in_doubt,
+            reported=save.reported,
+            checkpoint=writer.checkpoint,
+        )
+        raise
+    if operation.is_coordinator:
+        writer.remove_replaced()
+    writer.end_save()
     agreed.remember(memory)
     return ManifestMetadata.lazily(writer.manifest_source(record))
 
@@ -65,11 +80,18 @@ class _ColumnarSave:
     the checkpoint that was there when the save began."""
 
     def __init__(
-        self, operation: Operation, checkpoint_id: str | None, writer: ColumnarWriter
+        self,
+        operation: Operation,
+        checkpoint_id: str | None,
+        writer: ColumnarWriter,
+        ticket: Callable[[str], SaveTicket],
     ) -> None:
+        self.reported = False
+        """Whether this rank has written its part."""
         self._operation = operation
         self._checkpoint_id = checkpoint_id
         self._writer = writer
+        self._ticket = ticket
         self._observed: str | None = None
 
     def agree(
@@ -85,18 +107,25 @@ class _ColumnarSave:
                 prepared.append(prepare_state())
                 return agreement.offer(prepared[0])
 
-        answer, _ = self._operation.step("agree", local, agreement.decide)
+        def decide(messages: list[bytes]) -> Decision:
+            with self._located():
+                save_id = new_save_id()
+                decision = agreement.decide(messages, save_id)
+                # Before any other rank writes: what a killed job leaves must say whose it is.
+                self._writer.begin_save(self._checkpoint_id, self._ticket(save_id))
+                return decision
+
+        answer, _ = self._operation.step("agree", local, decide)
         return prepared[0], answer
 
-    def write(
-        self, ticket: Callable[[], SaveTicket], prepared: PreparedState, agreed: Agreed
-    ) -> CommitRecord:
+    def write(self, prepared: PreparedState, agreed: Agreed) -> CommitRecord:
         operation, writer = self._operation, self._writer
 
         def local() -> bytes:
             with self._located():
                 operation.check()
-                writer.begin_save(self._checkpoint_id, ticket())
+                if not operation.is_coordinator:
+                    writer.begin_save(self._checkpoint_id, self._ticket(agreed.save_id))
                 report = writer.write_columns(
                     agreed.assignment,
                     prepared.source.names,
@@ -106,7 +135,9 @@ class _ColumnarSave:
                     prepared.source.replicated_objects,
                     operation.check,
                 )
-                return msgspec.msgpack.encode(report)
+                message = msgspec.msgpack.encode(report)
+                self.reported = True
+                return message
 
         def decide(messages: list[bytes]) -> Decision:
             with self._located():
@@ -119,20 +150,7 @@ class _ColumnarSave:
                 )
                 return Decision(common=msgspec.msgpack.encode(record))
 
-        try:
-            common, _ = operation.step("write", local, decide, decide_phase="commit")
-        except BaseException as error:
-            settle_failure(
-                operation,
-                error,
-                abort=writer.abort_save,
-                leave_in_doubt=writer.leave_in_doubt,
-                checkpoint=writer.checkpoint,
-            )
-            raise
-        if operation.is_coordinator:
-            writer.remove_replaced()
-        writer.end_save()
+        common, _ = operation.step("write", local, decide, decide_phase="commit")
         return msgspec.msgpack.decode(common, type=CommitRecord)
 
     def _located(self) -> AbstractContextManager[None]:

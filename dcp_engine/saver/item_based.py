@@ -55,6 +55,7 @@ def save_items(
     mail = ObjectMail(operation.world_size)
     strict = options.strict_replicas or getattr(planner, "strict_replicas", False)
     global_metadata: list[Metadata] = []
+    reported: list[bool] = []
     compared: dict[str, int] = {}
 
     def local_plan() -> bytes:
@@ -119,6 +120,7 @@ def save_items(
             error,
             abort=writer.abort,
             leave_in_doubt=writer.leave_in_doubt,
+            reported=bool(reported),
             checkpoint=checkpoint,
         )
         raise

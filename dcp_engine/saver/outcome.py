@@ -53,14 +53,17 @@ def settle_failure(
     *,
     abort: Callable[[], None],
     leave_in_doubt: Callable[[], None],
+    reported: bool,
     checkpoint: str,
 ) -> None:
     """After a failed save: ``abort`` removes what was written if it is provably not committed.
 
+    ``reported``: whether this rank has said that it wrote its part. Without that nobody commits.
+
     Raises ``CheckpointException(kind="commit_in_doubt")`` when that cannot be known, in which
     case nothing is deleted. Returns otherwise; the caller raises ``error`` on.
     """
-    if _in_doubt(operation, error):
+    if reported and _in_doubt(operation, error):
         _tidy(leave_in_doubt, checkpoint)
         if isinstance(error, CheckpointException) and error.kind == "commit_in_doubt":
             return

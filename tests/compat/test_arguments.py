@@ -243,6 +243,7 @@ def test_keyboard_interrupts_stay_what_they_are(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             raise KeyboardInterrupt
 
+    dcp.save(STATE, checkpoint_id=tmp_path)
     for call in (dcp.save, dcp.load):
         with pytest.raises(KeyboardInterrupt):
             call({"s": Interrupted()}, checkpoint_id=tmp_path)  # type: ignore[operator]

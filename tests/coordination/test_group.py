@@ -50,6 +50,7 @@ def test_the_limits_of_a_phase_and_of_the_verdict_after_it() -> None:
     time[0] = 24.0
     assert clock.remaining() == 6.0
     assert clock.remaining_for_verdict("commit") == 11.0
+    assert clock.remaining_for_verdict("write") == 6.0
     assert clock.remaining_for_verdict("elsewhere") == 76.0
     clock.enter("other")
     assert clock.remaining() == clock.remaining_for_verdict("commit") == 76.0

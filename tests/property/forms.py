@@ -128,9 +128,7 @@ class Sharded:
         return False
 
 
-def _literally(
-    tensor: torch.Tensor, placement: Placement, ranks: int, index: int
-) -> torch.Tensor:
+def _literally(tensor: torch.Tensor, placement: Placement, ranks: int, index: int) -> torch.Tensor:
     if isinstance(placement, Replicate):
         return tensor
     pieces = (tensor,)
@@ -158,9 +156,7 @@ class Tiled:
             WriteItem(
                 MetadataIndex(fqn, chunk.offsets, i),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk, TensorProperties(dtype=self._dtype), self.shape
-                ),
+                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=self._dtype), self.shape),
             )
             for i, chunk in enumerate(self.__create_chunk_list__())
         ]

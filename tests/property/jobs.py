@@ -192,9 +192,7 @@ def _destination(world: World, rank: int) -> _Destination:
     return result
 
 
-def _own_destination(
-    world: World, rank: int, own: dict[str, Any], result: _Destination
-) -> None:
+def _own_destination(world: World, rank: int, own: dict[str, Any], result: _Destination) -> None:
     if world.savers == world.loaders:
         own["number"] = _OLD
         result.own["number"] = rank

@@ -360,10 +360,10 @@ def test_the_manifest_is_durable_before_it_takes_its_name(tmp_path: Path) -> Non
     data = f"data-{B}"
     assert order == [
         ("make_directory", data),
+        ("make_directory", f"{data}/extra"),
         ("put", f"{data}/owner.json"),
         ("sync", f"{data}/rank00000-00.safetensors"),
         ("sync", f"{data}/rank00000.digests"),
-        ("make_directory", f"{data}/extra"),
         ("sync", f"{data}/extra/x"),
         ("sync_directory", f"{data}/extra"),
         ("sync_directory", data),
