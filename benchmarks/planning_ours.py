@@ -27,6 +27,7 @@ from benchmarks.planning_layouts import LAYOUTS, Layout, Part, object_names, rep
 from dcp_engine.coordination.interface import Decision, Operation, Outcome, RunIdentity
 from dcp_engine.coordination.messages import Event, Heading, Report, decode, encode
 from dcp_engine.format.manifest import decode_manifest
+from dcp_engine.format.names import new_save_id
 from dcp_engine.format.nesting import encode_nesting
 from dcp_engine.format.object_codec import encode_object
 from dcp_engine.native_storage import (
@@ -225,7 +226,11 @@ def _save(
 ) -> dict[str, Any]:
     operation = SimulatedOperation(world_size, incoming)
     agreeing = agreement(operation, memory)
-    answer, _ = operation.step("agree", lambda: agreeing.offer(prepared), agreeing.decide)
+    answer, _ = operation.step(
+        "agree",
+        lambda: agreeing.offer(prepared),
+        lambda messages: agreeing.decide(messages, new_save_id()),
+    )
     agreed = agreeing.settle(answer, prepared)
     plan = agreed.global_plan
     if plan is None:

@@ -51,6 +51,7 @@ __all__ = [
     "flatten_state_dict",
     "is_default_load_planner",
     "is_default_save_planner",
+    "stores_objects_itself",
 ]
 
 logger = logging.getLogger(__name__)
@@ -320,6 +321,14 @@ def described_values(planner: DefaultSavePlanner | DefaultLoadPlanner) -> list[V
     """What ``planner`` holds on this rank, after ``set_up_planner``."""
     state_dict = getattr(planner, "state_dict", {})
     return [v for fqn, value in state_dict.items() for v in planner._lookup.describe(fqn, value)]
+
+
+def stores_objects_itself(planner: DefaultSavePlanner) -> bool:
+    """Whether ``planner`` overrides how values that are not tensors become bytes."""
+    return any(
+        _overrides(planner, DefaultSavePlanner, name)
+        for name in ("resolve_data", "lookup_object", "transform_object")
+    )
 
 
 def adopt_replaced_tensors(planner: DefaultLoadPlanner, before: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "InvalidPlanError",
     "NotFoundError",
     "StateMismatchError",
+    "StagingError",
     "StorageError",
     "UnsafeContentError",
     "UnsupportedStateError",
@@ -75,6 +76,9 @@ KINDS: Mapping[str, str] = {
     "conflict": "another save committed to the same place meanwhile",
     "commit_in_doubt": "the save may or may not be committed; the manifest tells",
     "superseded": "the checkpoint was replaced while it was read",
+    # StagingError
+    "out_of_memory": "there is too little host memory to stage the state",
+    "staging_torn": "values changed while they were being copied to staging memory",
     # CoordinationError
     "timeout": "a deadline passed",
     "stalled": "a rank stopped sending heartbeats",
@@ -235,6 +239,13 @@ class ConflictError(CheckpointError):
 
     default_kind = "conflict"
     default_hint = "save again"
+
+
+class StagingError(CheckpointError):
+    """The state could not be copied aside. Nothing was written; a synchronous save may work."""
+
+    default_kind = "out_of_memory"
+    default_hint = "save synchronously, or stage a smaller state"
 
 
 class CoordinationError(CheckpointError):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 from dcp_engine.errors import (
     CheckpointError,
@@ -200,24 +201,69 @@ class CheckpointFiles:
                     "the header is not what was written", kind="header_mismatch"
                 )
         # Entries without bytes begin where the next one does, and are nobody's chunk.
-        entries = [entry for entry in parsed.entries.values() if entry.end > entry.begin]
-        return HeaderIndex({entry.begin: entry for entry in entries})
+        by_begin = {}
+        for entry in parsed.entries.values():
+            begin, end = entry.data_offsets
+            if end > begin:
+                by_begin[begin] = entry
+        return HeaderIndex(by_begin)
 
-    def compare_entry(
-        self, row: int, start: int, dtype: str, shape: Sequence[int], nbytes: int, tensor: str
+    def compare_entries(
+        self,
+        row: int,
+        starts: Sequence[int],
+        dtypes: Sequence[tuple[str, tuple[int, ...]]],
+        nbytes: Sequence[int],
+        tensors: Sequence[str],
     ) -> None:
-        """Raise ``header_mismatch`` unless data file ``row`` lists a chunk just so."""
-        entry = self.header(row).by_begin.get(start)
-        if entry is not None:
-            found = (entry.dtype, entry.shape, entry.end - entry.begin)
-            if found == (dtype, tuple(shape), nbytes):
-                return
+        """Raise ``header_mismatch`` unless data file ``row`` lists chunks just so.
+
+        Args:
+            starts: (n,) first bytes, behind the begin of the data section.
+            dtypes: (n,) dtype and shape as ``format.dtypes.stored_shape`` gives them.
+            nbytes, tensors: (n,) sizes, and names for the message.
+        """
+        by_begin = self.header(row).by_begin
+        for start, (dtype, shape), size, tensor in zip(
+            starts, dtypes, nbytes, tensors, strict=True
+        ):
+            entry = by_begin.get(start)
+            if (
+                entry is None
+                or entry.dtype != dtype
+                or entry.shape != shape
+                or entry.data_offsets != (start, start + size)
+            ):
+                self._refuse_entry(row, start, dtype, shape, entry, tensor)
+
+    def _refuse_entry(
+        self,
+        row: int,
+        start: int,
+        dtype: str,
+        shape: tuple[int, ...],
+        entry: ParsedEntry | None,
+        tensor: str,
+    ) -> NoReturn:
         file = self.manifest.data_files[row]
         listed = "nothing" if entry is None else f"{entry.dtype} of shape {list(entry.shape)}"
         raise DamagedCheckpointError(
             f"the manifest has {dtype} of shape {list(shape)} at byte {start}, and the file's "
             f"header {listed}",
             kind="header_mismatch",
+            checkpoint=self.store.url,
+            file=self.path(file.name),
+            tensor=tensor,
+            hint="take another checkpoint",
+        )
+
+    def damaged(
+        self, file: DataFile, begin: int, end: int, tensor: str
+    ) -> DamagedCheckpointError:
+        """The error for bytes ``begin`` to ``end`` of ``file``, whose digest is another one."""
+        return DamagedCheckpointError(
+            f"bytes {begin} to {end - 1} of the file differ from what was written",
+            kind="digest_mismatch",
             checkpoint=self.store.url,
             file=self.path(file.name),
             tensor=tensor,

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
-from dcp_engine.errors import DamagedCheckpointError, StorageError
+from dcp_engine.errors import DamagedCheckpointError, StorageError, UsageError
+from dcp_engine.registry import scheme_of
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange, StoredFile
 from storage_backends.directory_entries import (
     DIRECTORY_FLAGS,
@@ -41,8 +42,17 @@ _NO_DIRECTORY_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
 def path_of(checkpoint_id: str | os.PathLike[str]) -> str:
-    """The absolute path of a plain path or a ``file:`` URL."""
+    """The absolute path of a plain path or a ``file:`` URL.
+
+    Raises ``UsageError`` for another URL: it would be a directory called "s3:" and the like.
+    """
     text = os.fspath(checkpoint_id)
+    if scheme_of(checkpoint_id) != "file":
+        raise UsageError(
+            f"{text!r} is a URL of another storage than the file system",
+            checkpoint=text,
+            hint="pass it as checkpoint_id without a writer or reader, or use that storage's own",
+        )
     if text.startswith("file:"):
         text = unquote(urlsplit(text).path)
     return os.path.abspath(text)

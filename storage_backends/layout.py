@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dcp_engine.collector import collector_paused
 from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.dtypes import code_of
 from dcp_engine.format.object_codec import EncodedObject
@@ -82,6 +83,7 @@ class RankLayout:
     """Pieces that are tensors."""
 
 
+@collector_paused()
 def lay_out_assignment(
     assignment: RankAssignment,
     names: Sequence[str],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -80,7 +80,8 @@ def prune(
         dry_run: only say what would be removed.
 
     Only directories called ``data-<32 hexadecimal digits>`` are ever touched, and none that a
-    manifest beside it names. Raises ``StorageError``.
+    manifest beside it names; with them go the manifests of saves without collectives that name
+    them, where ``manifest.json`` has taken their place. Raises ``StorageError``.
     """
     if isinstance(root, ByteStore):
         return _prune(root, "", older_than, dry_run)
@@ -105,7 +106,7 @@ def _prune(
         for place, files in sorted(_by_checkpoint(store.list(prefix)).items()):
             if not (directories := data_directories(files)):
                 continue
-            committed = _committed(store, place)
+            committed, hidden = _committed(store, place)
             for directory in directories:
                 name = f"{place}{directory.name}"
                 reason = _reason_to_keep(directory, committed, seconds)
@@ -113,6 +114,7 @@ def _prune(
                     kept.append(KeptDirectory(name=name, nbytes=directory.nbytes, reason=reason))
                     continue
                 if not dry_run:
+                    store.delete(hidden.get(directory.save_id, []))
                     remove_directory_files(store, [f"{place}{f.name}" for f in directory.files])
                 removed.append(RemovedDirectory(name=name, nbytes=directory.nbytes))
     except CheckpointError:
@@ -136,16 +138,22 @@ def _by_checkpoint(files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
     return found
 
 
-def _committed(store: ByteStore, place: str) -> frozenset[str] | None:
-    """The save ids that manifests in ``place`` name; None if one cannot be read."""
-    names = [f"{place}{MANIFEST_NAME}"]
+def _committed(
+    store: ByteStore, place: str
+) -> tuple[frozenset[str] | None, Mapping[str, Sequence[str]]]:
+    """The save ids that manifests in ``place`` name (None if one cannot be read); and of manifests
+    that count for nothing, because ``manifest.json`` is there, the names by save id."""
+    of_ranks: dict[str, list[str]] = defaultdict(list)
     for file in store.list(f"{place}manifest-rank"):
         if parse_rank_manifest_name(file.name.removeprefix(place)) is not None:
-            names.append(file.name)
-    found = [present_save_id(store, name) for name in names]
-    if any(save_id is not None and save_id.startswith("unreadable:") for save_id in found):
-        return None
-    return frozenset(save_id for save_id in found if save_id is not None)
+            save_id = present_save_id(store, file.name)
+            if save_id is not None:
+                of_ranks[save_id].append(file.name)
+    whole = present_save_id(store, f"{place}{MANIFEST_NAME}")
+    named = frozenset(of_ranks if whole is None else [whole])
+    if any(save_id.startswith("unreadable:") for save_id in named):
+        return None, {}
+    return named, {} if whole is None else of_ranks
 
 
 def _reason_to_keep(

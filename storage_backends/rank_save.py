@@ -19,7 +19,7 @@ import torch
 
 from dcp_engine.errors import CheckpointError, ConflictError, StorageError, UsageError
 from dcp_engine.format.digest import encode_digests, xxh3_128_hex
-from dcp_engine.format.manifest import ExtraFile
+from dcp_engine.format.manifest import ExtraFile, encode_user_metadata
 from dcp_engine.format.names import (
     MANIFEST_NAME,
     OWNER_NAME,
@@ -27,6 +27,7 @@ from dcp_engine.format.names import (
     data_file_name,
     digest_file_name,
     extra_file_name,
+    is_save_id,
     rank_manifest_name,
 )
 from dcp_engine.format.shard_file import encode_header_columns, entry_names
@@ -34,7 +35,13 @@ from dcp_engine.native_storage import CommitRecord, FileReport, RankReport, Save
 from dcp_engine.planning.columns import GlobalPlan
 from dcp_engine.storage import ByteStore, Check
 from storage_backends.commit import commit_manifest, temporary_name
-from storage_backends.garbage import data_directories, is_proved_dead, owner_record, read_owner
+from storage_backends.garbage import (
+    DataDirectory,
+    data_directories,
+    is_proved_dead,
+    owner_record,
+    read_owner,
+)
 from storage_backends.layout import FileLayout, RankLayout
 from storage_backends.present import complete_set, present_checkpoint, rank_manifests
 from storage_backends.present import present_save_id as manifest_save_id
@@ -77,6 +84,7 @@ class RankSave:
         self._begun = False
         self._written: list[str] = []
         self._extra: list[ExtraFile] = []
+        self._observed: str | None = None
         self._replaced: _Replaced | None = None
 
     @property
@@ -102,6 +110,7 @@ class RankSave:
                 hint="choose a storage that all ranks share",
             )
         self._extra_names()
+        encode_user_metadata(ticket.user_metadata)
         with writing(store, "look for a checkpoint", file=self._manifest_name):
             self._refuse_present()
         self._begun = True
@@ -142,9 +151,22 @@ class RankSave:
     def _extra_names(self) -> dict[str, str]:
         """Stored names of the caller's extra files, by the caller's."""
         try:
-            return {name: extra_file_name(name) for name in self.ticket.extra_files}
+            stored = {name: extra_file_name(name) for name in self.ticket.extra_files}
         except ValueError as error:
-            raise UsageError(str(error), checkpoint=self.store.url) from error
+            raise UsageError(
+                str(error),
+                checkpoint=self.store.url,
+                hint="give it a relative name, as in 'config.json' or 'tokenizer/vocab.txt'",
+            ) from error
+        directories = set(_parents("", stored.values()))
+        for name, path in stored.items():
+            if f"/{path}" in directories:
+                raise UsageError(
+                    f"extra file {name!r} has the name of a directory of other extra files",
+                    checkpoint=self.store.url,
+                    hint="rename one of them",
+                )
+        return stored
 
     def _own_extra(self) -> dict[str, bytes]:
         """The extra files that this rank writes, by stored name: all on the coordinator."""
@@ -262,6 +284,7 @@ class RankSave:
             observed = manifest_save_id(self.store, name)
         if self.store.atomic_replace:
             self._written.append(temporary_name(self._directory, name))
+        self._observed = observed
         commit_manifest(
             self.store,
             data,
@@ -286,22 +309,25 @@ class RankSave:
             logger.warning("could not remove old data from %s", self.store.url, exc_info=True)
 
     def _remove_replaced(self, observed: str | None) -> None:
-        store, ticket = self.store, self.ticket
-        for manifest in rank_manifests(store):
-            # What a save without collectives left here is hidden by the manifest from now on.
-            if manifest.save_id == observed:
-                store.delete([manifest.name])
-        for directory in data_directories(store.list("data-")):
-            if directory.save_id == ticket.save_id:
-                continue
-            is_replaced = directory.save_id == observed
-            if is_replaced and ticket.keep_replaced:
-                continue
-            if not is_replaced:
-                owner = read_owner(store, directory.name)
-                if owner is None or not is_proved_dead(owner, ticket.identity):
-                    continue
+        store = self.store
+        # What saves without collectives left here, complete or not, is hidden by our manifest.
+        names = [manifest.name for manifest in rank_manifests(store)]
+        found = data_directories(store.list("data-"))
+        garbage = [directory for directory in found if self._is_garbage(directory, observed)]
+        # Last of all: who was dead when judged commits nothing after this look at the manifest.
+        if manifest_save_id(store) != self.ticket.save_id:
+            return  # another save was committed meanwhile, and cleans up
+        store.delete(names)
+        for directory in garbage:
             remove_directory_files(store, [file.name for file in directory.files])
+
+    def _is_garbage(self, directory: DataDirectory, observed: str | None) -> bool:
+        if directory.save_id == self.ticket.save_id:
+            return False
+        if directory.save_id == observed:
+            return not self.ticket.keep_replaced
+        owner = read_owner(self.store, directory.name)
+        return owner is not None and is_proved_dead(owner, self.ticket.identity)
 
     def abort(self) -> None:
         """Remove what this rank wrote; the last rank to do so removes the data directory."""
@@ -321,13 +347,18 @@ class RankSave:
 
     def leave_in_doubt(self) -> None:
         """Delete nothing. On the coordinator, whose attempt to commit is over whatever became of
-        it (a rename is; a PUT may still arrive), mark the data as given up: the manifest tells
-        the next save whether it counts."""
+        it (a rename is; a PUT may still arrive), mark the data as given up, and so that of the
+        checkpoint it was to replace: the manifest tells the next save which of them counts."""
         owner = f"{self._directory}/{OWNER_NAME}"
         # Without a rename the manifest may be on its way still, and must find its data then.
-        over = self.store.atomic_replace
-        if over and self._is_coordinator and owner in self._written:
-            self.store.put(owner, owner_record(self.ticket.identity, given_up=True))
+        if not (self.store.atomic_replace and self._is_coordinator and owner in self._written):
+            return
+        mark = owner_record(self.ticket.identity, given_up=True)
+        self.store.put(owner, mark)
+        if self._observed is not None and is_save_id(self._observed):
+            replaced = data_directory(self._observed)
+            if read_owner(self.store, replaced) is not None:
+                self.store.put(f"{replaced}/{OWNER_NAME}", mark)
 
 
 def _parents(directory: str, files: Iterable[str]) -> list[str]:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcp_engine.errors import DamagedCheckpointError
 from dcp_engine.format.digest import block_count, block_digests, digest_value
 from dcp_engine.storage import Check, ReadRange
 from storage_backends.block_digester import BlockDigester
@@ -155,7 +154,8 @@ def _transfers(source: _Source, block_size: int) -> Iterator[_Transfer]:
         view = memory_of(tensor)[source.begin : source.end]
         yield from _direct(wanted, source.begin, source.end, view, tensor, block_size)
         return
-    cutter = BoxCutter(max_span=MAX_SPAN, max_gap=MAX_GAP)
+    # Runs that share a block would each be widened to it, and read it once more.
+    cutter = BoxCutter(max_span=MAX_SPAN, max_gap=max(MAX_GAP, block_size))
     strides = tensor.stride() if _is_readable(tensor) else None
     for part in cutter.cut(
         wanted.sizes, wanted.within, wanted.lengths, tensor.element_size(), strides
@@ -325,14 +325,7 @@ class _Batch:
         begin = block * self._block_size
         end = min(begin + self._block_size, wanted.nbytes)
         base = self._file.data_start + wanted.start
-        raise DamagedCheckpointError(
-            f"bytes {base + begin} to {base + end - 1} of the file differ from what was written",
-            kind="digest_mismatch",
-            checkpoint=self._files.store.url,
-            file=self._path,
-            tensor=wanted.name,
-            hint="take another checkpoint",
-        )
+        raise self._files.damaged(self._file, base + begin, base + end, wanted.name)
 
 
 def _digests_over(parts: Sequence[memoryview], block_size: int) -> U64:

@@ -33,6 +33,7 @@ from storage_backends.open_manifest import (
     read_manifest_bytes,
 )
 from storage_backends.read_files import Wanted, read_wanted
+from storage_backends.small_reads import read_small
 from storage_backends.tensor_bytes import require_little_endian
 from storage_backends.wanted_rows import checked, wanted_of_columns, wanted_of_items
 
@@ -167,8 +168,9 @@ class ShardedReader(ColumnarReader):
         check: Check,
     ) -> int:
         files = self._opened(manifest)
-        wanted = wanted_of_columns(plan, tensors, checkpoint=files.store.url)
-        return read_wanted(files, checked(files, wanted), threads=self._threads, check=check)
+        wanted = wanted_of_columns(files, plan, tensors)
+        small = read_small(files, wanted.small, threads=self._threads, check=check)
+        return small + read_wanted(files, wanted.boxes, threads=self._threads, check=check)
 
     def local_data_file(self, manifest: Manifest, row: int) -> str | None:
         return self._opened(manifest).local_path(row)

@@ -7,42 +7,68 @@ here: reading tensor data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcp_engine.errors import DamagedCheckpointError, InvalidPlanError, StateMismatchError
-from dcp_engine.format.digest import DigestTable
+from dcp_engine.collector import collector_paused
+from dcp_engine.errors import InvalidPlanError, StateMismatchError
 from dcp_engine.format.dtypes import code_of, info, stored_shape
 from dcp_engine.planning.columns import LoadColumns
 from storage_backends.checkpoint_files import CheckpointFiles
+from storage_backends.digest_rows import digest_rows
 from storage_backends.item_reads import WantedItem
 from storage_backends.read_files import Wanted
+from storage_backends.small_reads import SmallRows, small_rows
 from storage_backends.tensor_bytes import box_of
 
-__all__ = ["checked", "wanted_of_columns", "wanted_of_items"]
+__all__ = ["WantedColumns", "checked", "wanted_of_columns", "wanted_of_items"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WantedColumns:
+    """The rows of a load plan, by how they are read."""
+
+    small: SmallRows
+    boxes: list[Wanted]
+
+
+@collector_paused()
 def wanted_of_columns(
-    plan: LoadColumns, tensors: Sequence[torch.Tensor], *, checkpoint: str
+    files: CheckpointFiles, plan: LoadColumns, tensors: Sequence[torch.Tensor]
+) -> WantedColumns:
+    """The rows of ``plan``, compared with headers and digests.
+
+    Raises ``DamagedCheckpointError``, ``ConflictError(kind="superseded")``, or
+    ``StateMismatchError(kind="dtype_mismatch")``.
+    """
+    small, rest = small_rows(files, plan, tensors)
+    boxes = _boxes_of(plan, rest, tensors, checkpoint=files.store.url)
+    return WantedColumns(small=small, boxes=checked(files, boxes))
+
+
+def _boxes_of(
+    plan: LoadColumns, rows: I64, tensors: Sequence[torch.Tensor], *, checkpoint: str
 ) -> list[Wanted]:
-    """One box per row of ``plan``, in its order."""
+    """One box per row of ``rows``, in their order."""
     wanted: list[Wanted] = []
     for tensor_row, ndim, itemsize, file, start, sizes, within, lengths, dest, dest_within in zip(
-        plan.tensor.tolist(),
-        plan.ndims.tolist(),
-        plan.itemsize.tolist(),
-        plan.file.tolist(),
-        plan.chunk_start.tolist(),
-        plan.chunk_sizes.tolist(),
-        plan.within.tolist(),
-        plan.lengths.tolist(),
-        plan.dest.tolist(),
-        plan.dest_within.tolist(),
+        plan.tensor[rows].tolist(),
+        plan.ndims[rows].tolist(),
+        plan.itemsize[rows].tolist(),
+        plan.file[rows].tolist(),
+        plan.chunk_start[rows].tolist(),
+        plan.chunk_sizes[rows].tolist(),
+        plan.within[rows].tolist(),
+        plan.lengths[rows].tolist(),
+        plan.dest[rows].tolist(),
+        plan.dest_within[rows].tolist(),
         strict=True,
     ):
         name, tensor = plan.names[tensor_row], tensors[dest]
@@ -120,65 +146,38 @@ def checked(files: CheckpointFiles, wanted: Sequence[Wanted]) -> list[Wanted]:
 
     Raises ``DamagedCheckpointError``, or ``ConflictError(kind="superseded")``.
     """
-    shapes: dict[torch.dtype, int] = {}
+    codes: dict[torch.dtype, int] = {}
+    stored: list[tuple[str, tuple[int, ...]]] = []
     for row in wanted:
         dtype = row.tensor.dtype
-        code = shapes.get(dtype)
+        code = codes.get(dtype)
         if code is None:
-            code = shapes[dtype] = code_of(dtype)
-        name, shape = stored_shape(info(code), row.sizes)
-        files.compare_entry(row.file, row.start, name, shape, row.nbytes, row.name)
+            code = codes[dtype] = code_of(dtype)
+        stored.append(stored_shape(info(code), row.sizes))
+    begin = 0
+    for file, group in groupby(wanted, key=lambda row: row.file):
+        rows = list(group)
+        end = begin + len(rows)
+        files.compare_entries(
+            file,
+            [row.start for row in rows],
+            stored[begin:end],
+            [row.nbytes for row in rows],
+            [row.name for row in rows],
+        )
+        begin = end
     if not files.verify_digests:
         return list(wanted)
-    digests = _digests(files, wanted)
-    return [row._replace(digests=blocks) for row, blocks in zip(wanted, digests, strict=True)]
-
-
-def _digests(files: CheckpointFiles, wanted: Sequence[Wanted]) -> list[U64]:
-    """Each chunk's block digests; looked up for all chunks of a rank at once."""
-    entries = files.manifest.data_files
-    rank = np.array([entries[row.file].rank for row in wanted], np.int64)
-    number = np.array([entries[row.file].number for row in wanted], np.int64)
-    start = np.array([row.start for row in wanted], np.int64)
-    nbytes = np.array([row.nbytes for row in wanted], np.int64)
     found: list[U64] = [np.empty(0, np.uint64)] * len(wanted)
-    for of_rank in np.unique(rank).tolist():
-        rows = np.flatnonzero(rank == of_rank)
-        table = files.table(of_rank)
-        at = _rows_of(files, table, of_rank, number[rows], start[rows])
-        _compare_sizes(files, wanted, rows, table.nbytes[at], nbytes[rows])
-        begins, ends = table.first_block[at].tolist(), table.first_block[at + 1].tolist()
-        for row, begin, end in zip(rows.tolist(), begins, ends, strict=True):
-            found[row] = table.blocks[begin:end]
-    return found
-
-
-def _rows_of(files: CheckpointFiles, table: DigestTable, rank: int, number: I64, start: I64) -> I64:
-    try:
-        return table.rows(number, start)
-    except DamagedCheckpointError as error:
-        name = files.manifest.digest_file(rank).name
-        error.with_context(checkpoint=files.store.url, file=files.path(name))
-        raise
-
-
-def _compare_sizes(
-    files: CheckpointFiles,
-    wanted: Sequence[Wanted],
-    rows: npt.NDArray[np.intp],
-    stored: I64,
-    nbytes: I64,
-) -> None:
-    differ = np.flatnonzero(stored != nbytes)
-    if not len(differ):
-        return
-    row = wanted[int(rows[int(differ[0])])]
-    raise DamagedCheckpointError(
-        f"the digests are of a chunk of {int(stored[int(differ[0])])} bytes, the manifest has "
-        f"{row.nbytes}",
-        kind="digest_mismatch",
-        checkpoint=files.store.url,
-        file=files.path(files.manifest.data_files[row.file].name),
-        tensor=row.name,
-        hint="take another checkpoint",
-    )
+    for part in digest_rows(
+        files,
+        np.array([row.file for row in wanted], np.int64),
+        np.array([row.start for row in wanted], np.int64),
+        np.array([row.nbytes for row in wanted], np.int64),
+        [row.name for row in wanted],
+    ):
+        table = part.table
+        begins, ends = table.first_block[part.at].tolist(), table.first_block[part.at + 1].tolist()
+        for at, first, last in zip(part.rows.tolist(), begins, ends, strict=True):
+            found[at] = table.blocks[first:last]
+    return [row._replace(digests=blocks) for row, blocks in zip(wanted, found, strict=True)]

@@ -10,6 +10,7 @@ from dcp_engine.format.manifest_codec import (
     FORMAT_VERSION,
     decode_manifest,
     encode_manifest,
+    encode_user_metadata,
 )
 from dcp_engine.format.merge import merge_manifests
 from dcp_engine.format.stored import (
@@ -40,5 +41,6 @@ __all__ = [
     "decode_manifest",
     "encode_manifest",
     "encode_tensor_section",
+    "encode_user_metadata",
     "merge_manifests",
 ]

@@ -48,6 +48,7 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "decode_manifest",
     "encode_manifest",
+    "encode_user_metadata",
 ]
 
 FORMAT_MAJOR = 1
@@ -55,6 +56,7 @@ FORMAT_VERSION = "1.0"
 MAX_MANIFEST_BYTES = 4 << 30
 """Readers refuse to load more: a hundred million chunks."""
 MAX_TOKEN_BYTES = 4096
+_JSON = "use str keys, and None, bool, int, finite float, str, list and dict as values"
 
 _encoder = msgspec.json.Encoder()
 _BEGIN = b'{"format":"dcp_engine","version":"'
@@ -92,7 +94,7 @@ def encode_manifest(
         "world_size": _encoder.encode(world_size),
         "time": _encoder.encode(float(time)),
         "writers": _encoder.encode(dict(writers)),
-        "user_metadata": _encode_user_metadata(user_metadata),
+        "user_metadata": encode_user_metadata(user_metadata),
         "block_size": _encoder.encode(block_size),
     }
     if token is not None:
@@ -116,16 +118,17 @@ def _object_record(entry: StoredObject) -> list[object]:
     return [*common, None, entry.file, entry.start, entry.nbytes]
 
 
-def _encode_user_metadata(user_metadata: Mapping[str, Any]) -> bytes:
+def encode_user_metadata(user_metadata: Mapping[str, Any]) -> bytes:
+    """Its JSON. Raises ``UsageError`` if that does not give back what was given."""
     try:
         data = _encoder.encode(dict(user_metadata))
         same = msgspec.json.decode(data) == dict(user_metadata)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise UsageError(f"user_metadata cannot be written as JSON: {error}") from error
+        raise UsageError(f"user_metadata cannot be written as JSON: {error}", hint=_JSON) from error
     if not same:
         raise UsageError(
             "user_metadata would come back changed",
-            hint="use str keys, and None, bool, int, finite float, str, list and dict as values",
+            hint=_JSON,
         )
     return data
 

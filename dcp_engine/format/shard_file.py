@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from operator import attrgetter
 
 import msgspec
 import numpy as np
@@ -66,15 +67,23 @@ class HeaderEntry:
     """Behind the last byte."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedEntry:
-    """An entry as the header has it."""
+class ParsedEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """An entry as the header has it. A struct: a header may have a hundred thousand."""
 
     dtype: str
     """safetensors' name."""
     shape: tuple[int, ...]
-    begin: int
-    end: int
+    data_offsets: tuple[int, int]
+
+    @property
+    def begin(self) -> int:
+        """First byte, relative to the data section."""
+        return self.data_offsets[0]
+
+    @property
+    def end(self) -> int:
+        """Behind the last byte."""
+        return self.data_offsets[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +234,40 @@ def parse_header(prefix: bytes, file_size: int) -> ParsedHeader:
     data_start = parse_data_start(prefix, file_size)
     if len(prefix) < data_start:
         raise _invalid(f"{len(prefix)} of {data_start} bytes were read")
+    body = prefix[_LENGTH_BYTES:data_start]
+    metadata, entries = _parse_ours(body) or _parse_any(body)
+    _check_layout(entries, file_size - data_start)
+    return ParsedHeader(entries, metadata, data_start)
+
+
+_BEFORE_METADATA = b'{"__metadata__":'
+_IN_EACH_ENTRY = b'"data_offsets":['
+
+
+def _parse_ours(body: bytes) -> tuple[dict[str, str], dict[str, ParsedEntry]] | None:
+    """A header as ``encode_header`` writes it, fast; None for any other."""
+    if not body.startswith(_BEFORE_METADATA):
+        return None
     try:
-        found = json.loads(
-            prefix[_LENGTH_BYTES:data_start].decode("utf-8"), object_pairs_hook=_distinct
-        )
+        text = body.decode("utf-8")
+        metadata, end = _metadata_decoder.raw_decode(text, len(_BEFORE_METADATA))
+        rest = text[end:].removeprefix(",")
+        entries = _entries_decoder.decode("{" + rest)
+    except (ValueError, RecursionError):
+        return None
+    # No string can hold this text, whose quotes would be escaped in it: keys that are there twice
+    # show in its count. Their names may not be what is there once already.
+    if body.count(_IN_EACH_ENTRY) != len(entries) or _METADATA in entries:
+        return None
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        return None
+    return metadata, entries
+
+
+def _parse_any(body: bytes) -> tuple[dict[str, str], dict[str, ParsedEntry]]:
+    """Any safetensors header; what is wrong with it is told."""
+    try:
+        found = json.loads(body.decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error)[:200]) from error
     if not isinstance(found, dict):
@@ -236,9 +275,7 @@ def parse_header(prefix: bytes, file_size: int) -> ParsedHeader:
     metadata = found.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
         raise _invalid("its metadata is not a mapping of strings")
-    entries = {name: _parse_entry(name, fields) for name, fields in found.items()}
-    _check_layout(entries, file_size - data_start)
-    return ParsedHeader(entries, metadata, data_start)
+    return metadata, {name: _parse_entry(name, fields) for name, fields in found.items()}
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -248,11 +285,15 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
+_metadata_decoder = json.JSONDecoder(object_pairs_hook=_distinct)
+_entries_decoder = msgspec.json.Decoder(dict[str, ParsedEntry])
+
+
 def _parse_entry(name: str, fields: object) -> ParsedEntry:
     if isinstance(fields, dict) and fields.keys() == {"dtype", "shape", "data_offsets"}:
         dtype, shape, place = fields["dtype"], fields["shape"], fields["data_offsets"]
         if type(dtype) is str and _are_sizes(shape) and _are_sizes(place) and len(place) == 2:
-            return ParsedEntry(dtype, tuple(shape), place[0], place[1])
+            return ParsedEntry(dtype, tuple(shape), (place[0], place[1]))
     raise _invalid(f"entry {name[:80]!r} is not a dtype, a shape and two offsets")
 
 
@@ -262,21 +303,39 @@ def _are_sizes(values: object) -> bool:
 
 def _check_layout(entries: Mapping[str, ParsedEntry], data_size: int) -> None:
     position = 0
-    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
-        if entry.begin != position or entry.end < entry.begin:
+    nbytes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for entry in sorted(entries.values(), key=attrgetter("data_offsets")):
+        begin, end = entry.data_offsets
+        if begin != position or end < begin:
             raise _invalid(
-                f"bytes {entry.begin} to {entry.end} follow on byte {position}: a gap or an overlap"
+                f"bytes {begin} to {end} follow on byte {position}: a gap or an overlap"
             )
-        bits = _BITS.get(entry.dtype)
-        if bits is None:
-            raise _invalid(f"dtype {entry.dtype[:20]!r}")
-        if math.prod(entry.shape) * bits != 8 * (entry.end - entry.begin):
-            raise _invalid(
-                f"{entry.end - entry.begin} bytes for {entry.dtype} of shape {list(entry.shape)}"
-            )
-        position = entry.end
+        kind = (entry.dtype, entry.shape)
+        expected = nbytes.get(kind)
+        if expected is None:
+            expected = nbytes[kind] = _entry_bytes(*kind)
+        if expected != end - begin:
+            raise _wrong_size(entry)
+        position = end
     if position != data_size:
         raise _invalid(f"its entries end at byte {position} of {data_size}")
+
+
+def _entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array; -1 if they are not a whole number, which no entry has."""
+    bits = _BITS.get(dtype)
+    if bits is None:
+        raise _invalid(f"dtype {dtype[:20]!r}")
+    if not all(0 <= size < 1 << 63 for size in shape):
+        raise _invalid(f"shape {list(shape)}")
+    total = math.prod(shape) * bits
+    return -1 if total % 8 else total // 8
+
+
+def _wrong_size(entry: ParsedEntry) -> DamagedCheckpointError:
+    return _invalid(
+        f"{entry.end - entry.begin} bytes for {entry.dtype} of shape {list(entry.shape)}"
+    )
 
 
 def _invalid(what: str) -> DamagedCheckpointError:

@@ -250,6 +250,7 @@ class TensorSectionReader:
             owner=self.owners[row],
             alias_of=self.names[alias] if alias >= 0 else None,
             load_chunks=self._loader(alias if alias >= 0 else row),
+            load_whole=self._whole_loader(alias if alias >= 0 else row),
             must_tile=self._complete and alias < 0 and self._place[row] < 0,
         )
 
@@ -307,14 +308,23 @@ class TensorSectionReader:
             return partial(self._whole_chunk, row, place)
         return partial(self._table_chunks, row, -1 - place)
 
+    def _whole_loader(self, row: int) -> Callable[[], tuple[int, int]] | None:
+        place = self._place[row]
+        return partial(self._whole_place, row, place) if place >= 0 else None
+
+    def _whole_place(self, row: int, place: int) -> tuple[int, int]:
+        # With plain integers: there may be a hundred thousand tensors of one chunk.
+        start, file = self._whole_start.item(place), self._whole_file.item(place)
+        if start + math.prod(self._shape(row)) * self._infos[row].itemsize > self._data_sizes[file]:
+            self._refuse_behind_file(row)
+        return file, start
+
     def _whole_chunk(self, row: int, place: int) -> StoredChunks:
+        self._whole_place(row, place)
         shape = self._shape(row)
         start = self._whole_start[place : place + 1]
         file = self._whole_file[place : place + 1]
         nbytes = math.prod(shape) * self._infos[row].itemsize
-        # With plain integers: there may be a hundred thousand tensors of one chunk.
-        if start.item() + nbytes > self._data_sizes[file.item()]:
-            self._refuse_behind_file(row)
         return StoredChunks(
             offsets=_read_only(np.zeros((1, len(shape)), np.int64)),
             sizes=_read_only(np.array((shape,), np.int64)),

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from dcp_engine.collector import collector_paused
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
-from dcp_engine.errors import DamagedCheckpointError
+from dcp_engine.errors import DamagedCheckpointError, StateMismatchError
 from dcp_engine.format.manifest import Manifest
 from dcp_engine.format.names import MANIFEST_NAME
 from dcp_engine.loader.agreed_manifest import agree_on_manifest
@@ -28,7 +29,7 @@ from dcp_engine.loader.restore import partly_filled, run_restore, with_memory
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
-from dcp_engine.state.flatten import flatten
+from dcp_engine.state.flatten import FlatState, flatten
 from dcp_engine.state.values import TensorValue
 
 __all__ = ["load_columns"]
@@ -138,6 +139,7 @@ def _total(messages: list[bytes]) -> Decision:
     return Decision(common=msgspec.msgpack.encode(total))
 
 
+@collector_paused()
 def _plan(
     manifest: Manifest,
     destination: Destination,
@@ -191,7 +193,7 @@ def _plan(
         manifest=manifest,
         source=source,
         objects=tuple(wanted for wanted in chosen if wanted is not None),
-        lists=tuple((flat.mappings[name], values) for name, values in source.lists),
+        lists=tuple((_list_path(flat, name), values) for name, values in source.lists),
         materialized=tuple(
             (leaf.path, leaf.value)
             for leaf, before in zip(leaves, flat.leaves, strict=True)
@@ -203,3 +205,17 @@ def _plan(
         ),
         unexpected=unexpected_keys(manifest, names),
     )
+
+
+def _list_path(flat: FlatState, name: str) -> Path:
+    """Where the list of every rank's tensors called ``name`` goes."""
+    path = flat.mappings.get(name)
+    if path is None:  # a part of a leaf
+        raise StateMismatchError(
+            "the parts of a tensor subclass cannot be loaded as lists of every rank's",
+            kind="world_size_mismatch",
+            tensor=name,
+            hint='load with per_rank="skip" to keep what is there, or leave the key out and read '
+            "its parts with dcp_engine.open",
+        )
+    return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from dcp_engine.coordination.interface import Decision, Operation
@@ -12,7 +12,7 @@ from dcp_engine.default_planner import (
     described_values,
 )
 from dcp_engine.error_context import located
-from dcp_engine.errors import InvalidPlanError
+from dcp_engine.errors import ConflictError, InvalidPlanError
 from dcp_engine.foreign_calls import ObjectMail, takes_keywords
 from dcp_engine.loader.destination import Destination
 from dcp_engine.loader.report import LoadReport
@@ -61,12 +61,15 @@ def load_items(
         else:
             wanted = dict.fromkeys(item.dest_index.fqn for item in plan.items)
         reports.append(_report(metadata, wanted))
-        return mail.send((destination.has_stateful, plan))
+        # A reader of another origin may make up an id on every rank, as torch's does.
+        save_id = reports[0].save_id if isinstance(reader, ColumnarReader) else None
+        return mail.send((destination.has_stateful, save_id, plan))
 
     def global_plan(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=operation.rank):
-            offers: list[tuple[bool, LoadPlan]] = [mail.open(message) for message in messages]
-            plans = planner.create_global_plan([plan for _, plan in offers])
+            offers: list[tuple[bool, str | None, LoadPlan]] = [mail.open(m) for m in messages]
+            _refuse_different_checkpoints([save_id for _, save_id, _ in offers])
+            plans = planner.create_global_plan([plan for _, _, plan in offers])
             plans = reader.prepare_global_plan(plans)
             if len(plans) != operation.world_size:
                 raise InvalidPlanError(
@@ -74,7 +77,7 @@ def load_items(
                     f"plans for {operation.world_size} ranks",
                     checkpoint=checkpoint,
                 )
-            stateful = any(flag for flag, _ in offers)
+            stateful = any(flag for flag, _, _ in offers)
             return Decision(
                 common=b"1" if stateful else b"", per_rank=[mail.send(plan) for plan in plans]
             )
@@ -101,6 +104,17 @@ def load_items(
             reader.close_checkpoint()
     run_restore(operation, here(restore), together=bool(stateful))
     return reports[0]
+
+
+def _refuse_different_checkpoints(save_ids: Sequence[str | None]) -> None:
+    """Every rank has read the manifest by itself; another save may have come in between."""
+    for rank, save_id in enumerate(save_ids):
+        if save_id != save_ids[0]:
+            raise ConflictError(
+                f"rank 0 reads checkpoint {save_ids[0]}, and rank {rank} reads {save_id}",
+                kind="superseded",
+                hint="load again, when nobody saves to this place",
+            )
 
 
 def _report(metadata: Metadata, wanted: Mapping[str, object]) -> LoadReport:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import xxhash
+from msgspec.structs import replace
 
 from dcp_engine.errors import UsageError
 from dcp_engine.planning.global_plan import make_own_plan

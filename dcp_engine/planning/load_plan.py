@@ -135,10 +135,16 @@ class _Parts:
         self._dest: list[I64] = []
         # chunk_offsets, chunk_sizes, within, lengths, dest_within
         self._boxes: tuple[list[I64], ...] = ([], [], [], [], [])
+        self._whole: list[tuple[StoredTensor, int, int, int]] = []
+        """Tensor, file, start and destination of whole tensors of one chunk: what there may be
+        many of."""
 
     def add(self, stored: StoredTensor, boxes: Sequence[Box], *, first: int) -> None:
         """Read ``boxes`` of ``stored`` into the destinations from row ``first`` on."""
         if not boxes:
+            return
+        if stored.load_whole is not None and len(boxes) == 1 and boxes[0].sizes == stored.shape:
+            self._whole.append((stored, *stored.load_whole(), first))
             return
         chunks = stored.chunks
         ndim = len(stored.shape)
@@ -175,8 +181,35 @@ class _Parts:
         ):
             column.append(values)
 
+    def _add_whole(self) -> None:
+        """Turn the whole tensors into columns, all of one number of dimensions at once."""
+        by_ndim: dict[int, list[tuple[StoredTensor, int, int, int]]] = {}
+        for entry in self._whole:
+            by_ndim.setdefault(len(entry[0].shape), []).append(entry)
+        self._whole = []
+        for ndim, entries in by_ndim.items():
+            count = len(entries)
+            sizes = np.array([stored.shape for stored, *_ in entries], np.int64)
+            sizes = sizes.reshape(count, ndim)
+            zeros = np.zeros((count, ndim), np.int64)
+            self._names += [stored.name for stored, *_ in entries]
+            self._ndims += [ndim] * count
+            self._itemsizes += [stored.info.itemsize for stored, *_ in entries]
+            self._counts += [1] * count
+            self._shared += [
+                stored.alias_of is not None or stored.shares_bytes for stored, *_ in entries
+            ]
+            self._file.append(np.array([file for _, file, _, _ in entries], np.int32))
+            self._start.append(np.array([start for _, _, start, _ in entries], np.int64))
+            self._dest.append(np.array([dest for *_, dest in entries], np.int64))
+            for column, values in zip(
+                self._boxes, (zeros, sizes, zeros, sizes, zeros), strict=True
+            ):
+                column.append(values)
+
     def columns(self) -> LoadColumns:
         """All of it, by file and position."""
+        self._add_whole()
         width = max([1, *self._ndims])
         fills = (0, 1, 0, 1, 0)
         chunk_offsets, chunk_sizes, within, lengths, dest_within = (

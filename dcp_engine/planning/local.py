@@ -63,16 +63,23 @@ def make_local_plan(
     """
     tensors = [value for value in values if isinstance(value, TensorValue)]
     objects = [value for value in values if isinstance(value, ObjectValue)]
-    for value in values:
-        _check_name(value.fqn, rank)
+    if not "".join(value.fqn for value in values).isascii():
+        for value in values:
+            _check_name(value.fqn, rank)
     width = max([1, *(len(value.shape) for value in tensors)])
     kinds = np.array([value.kind for value in tensors], dtype=np.uint8)
-    shapes = np.ones((len(tensors), width), dtype=np.int64)
-    for row, value in enumerate(tensors):
-        _check_size(value, rank)
-        shapes[row, : len(value.shape)] = value.shape
-    boxes = [(row, i) for row, value in enumerate(tensors) for i in range(len(value.boxes))]
-    boxes = [(row, i) for row, i in boxes if 0 not in tensors[row].boxes[i].sizes]
+    sizes_seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
+    for value in tensors:
+        if (value.shape, value.dtype) not in sizes_seen:
+            _check_size(value, rank)
+            sizes_seen.add((value.shape, value.dtype))
+    shapes = _box_column([value.shape for value in tensors], width, 1)
+    boxes = [
+        (row, i)
+        for row, value in enumerate(tensors)
+        for i, box in enumerate(value.boxes)
+        if 0 not in box.sizes
+    ]
     plan = LocalPlan(
         tensors=TensorTable(
             names=tuple(value.fqn for value in tensors),
@@ -122,10 +129,9 @@ def _same_boxes(tensors: Sequence[TensorValue], aliases: I32) -> I32:
 
 
 def _box_column(rows: Sequence[tuple[int, ...]], width: int, fill: int) -> I64:
-    result = np.full((len(rows), width), fill, dtype=np.int64)
-    for at, row in enumerate(rows):
-        result[at, : len(row)] = row
-    return result
+    padding = [(fill,) * (width - ndim) for ndim in range(width + 1)]
+    padded = [(*row, *padding[len(row)]) for row in rows]
+    return np.array(padded, np.int64).reshape(len(rows), width)
 
 
 def _dtype_codes(tensors: Sequence[TensorValue], rank: int) -> U8:

@@ -7,6 +7,7 @@ belong here: which values are compared (``prepare``, ``item_based``), and the co
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -52,6 +53,10 @@ def digest_replicas(
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        # A tenth of the time below, which counts for thousands of small tensors.
+        array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        return memoryview(array).cast("B")
     flat = as_integers(tensor.detach().cpu()).contiguous().reshape(-1)
     # A single element may have any stride, which a view as bytes would refuse.
     flat = flat.as_strided(flat.shape, (1,)).view(torch.uint8)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from dcp_engine.coordination.interface import Decision, Operation
-from dcp_engine.default_planner import DefaultSavePlanner, described_values
+from dcp_engine.default_planner import (
+    DefaultSavePlanner,
+    described_values,
+    stores_objects_itself,
+)
 from dcp_engine.error_context import located
 from dcp_engine.errors import ConflictError, InvalidPlanError, UnsupportedStateError
 from dcp_engine.foreign_calls import ObjectMail, takes_keywords
@@ -143,16 +146,20 @@ def _digests_of_items(
     """Digests of what ``plan`` offers under names that other ranks may offer too.
 
     The values as they lie in the planner's state dict: what the planner makes of them later it
-    makes on all ranks alike.
+    makes on all ranks alike. Raises ``UnsupportedStateError`` for an object that cannot be
+    stored, also where another rank would write it.
     """
     offered = {item.index.fqn for item in plan.items}
     values = [value for value in described_values(planner) if value.fqn in offered]
     objects = {}
     for value in values:
         if isinstance(value, ObjectValue):
-            # A planner may store what cannot be encoded; then it is not compared.
-            with suppress(UnsupportedStateError):
+            try:
                 objects[value.fqn] = encode_object(value.value, fqn=value.fqn)
+            except UnsupportedStateError:
+                # The planner may have a way of its own; then it is not compared.
+                if not stores_objects_itself(planner):
+                    raise
     return digest_replicas(values, objects, strict=strict)
 
 

@@ -43,7 +43,7 @@ def commit_once(operation: Operation, commit: Callable[[], T]) -> T:
         raise ConflictError(
             f"the commit ended with {type(error).__name__}: {error}",
             kind="commit_in_doubt",
-            hint="the next save, load or prune decides by the manifest",
+            hint="nothing was deleted; the next save, load or prune decides by the manifest",
         ) from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dcp_engine.collector import collector_paused
 from dcp_engine.default_planner import DefaultSavePlanner
 from dcp_engine.format.nesting import encode_nesting
 from dcp_engine.format.object_codec import EncodedObject, encode_object
@@ -31,8 +32,11 @@ class PreparedState:
     """The local plan, and the tensors that its chunk rows stand for."""
     objects: Mapping[str, EncodedObject]
     compared: Mapping[str, int]
-    """64-bit digests of the replicated values that are compared between ranks."""
+    """64-bit digests of the replicated values that are compared between ranks; empty on one rank
+    alone."""
 
+
+@collector_paused()
 def prepare(
     state_dict: Mapping[str, Any],
     *,
@@ -64,7 +68,9 @@ def prepare(
     return PreparedState(
         source=source,
         objects=objects,
-        compared=digest_replicas(values, objects, strict=strict_replicas),
+        compared={}
+        if group.ranks is None or len(group.ranks) == 1
+        else digest_replicas(values, objects, strict=strict_replicas),
     )
 
 

@@ -111,7 +111,7 @@ def _ticket_maker(
             world_size=world_size,
             coordinator_rank=options.coordinator_rank,
             identity=session.identity,
-            extra_files={n: _content(c) for n, c in options.extra_files.items()}
+            extra_files={n: _content(n, c) for n, c in options.extra_files.items()}
             if rank == options.coordinator_rank
             else {},
             user_metadata=options.user_metadata,
@@ -122,12 +122,18 @@ def _ticket_maker(
     return ticket
 
 
-def _content(value: ExtraContent) -> bytes:
+def _content(name: str, value: ExtraContent) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
         return value.encode()
-    return Path(value).read_bytes()
+    try:
+        return Path(value).read_bytes()
+    except (OSError, TypeError) as error:
+        raise UsageError(
+            f"the content of extra file {name!r} cannot be read: {error}",
+            hint="give bytes, text, or the path of a file that the coordinator can read",
+        ) from error
 
 
 def _refuse_what_items_cannot(

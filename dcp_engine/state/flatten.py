@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from dcp_engine.errors import UnsupportedStateError
@@ -39,8 +40,7 @@ ContainerType = Literal["dict", "list", "tuple"]
 _PLAIN = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One value of the state dict."""
 
     fqn: str

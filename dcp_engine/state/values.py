@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import msgspec
 import torch
 
 __all__ = ["Box", "EntryKind", "MeshLayout", "ObjectValue", "TensorValue", "Value"]
@@ -21,9 +22,12 @@ class EntryKind(IntEnum):
     """Every rank's own value, restored to the same rank."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Box:
-    """A box of a tensor, in elements: one offset and one size per dimension."""
+class Box(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A box of a tensor, in elements: one offset and one size per dimension.
+
+    A struct, as ``TensorValue``: five times faster to make than a frozen data class, and there
+    may be a hundred thousand.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -40,8 +44,7 @@ class MeshLayout:
     placements: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorValue:
+class TensorValue(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A tensor, or this rank's part of one.
 
     ``boxes[i]`` says which box of the global ``shape`` the plain strided tensor ``tensors[i]``

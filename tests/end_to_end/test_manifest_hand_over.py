@@ -91,8 +91,15 @@ class CountingReader(ShardedReader):
         return super().adopt_manifest(checkpoint_id, data, record)
 
 
+class Planner(dcp.DefaultLoadPlanner):
+    """Overrides something, so that DCP's life cycle runs."""
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        return super().create_local_plan()
+
+
 def load_on_ranks(
-    readers: Sequence[ShardedReader], coordinator: int = 0
+    readers: Sequence[ShardedReader], coordinator: int = 0, *, items: bool = False
 ) -> list[tuple[LoadReport, float] | BaseException]:
     """Load ``state`` on as many ranks as there are readers; by rank the report and the value."""
     world_size = len(readers)
@@ -104,7 +111,7 @@ def load_on_ranks(
             into,
             checkpoint_id=None,
             reader=readers[session.rank],
-            planner=None,
+            planner=Planner() if items else None,
             group=GroupRanks(ranks=tuple(range(world_size)), rank=session.rank),
             options=LoadOptions(deadlines=Deadlines(timeout=60.0), coordinator_rank=coordinator),
         )
@@ -356,3 +363,23 @@ def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 65.0 <= sum(pauses) < 66.0
     with pytest.raises(dcp.StorageError, match="broken"):
         look([stale, dcp.StorageError("broken")], 1000)
+
+
+def test_ranks_never_load_items_of_different_checkpoints(tmp_path: Path) -> None:
+    """A planner of another origin: every rank reads the manifest for itself. The data of the old
+    checkpoint is still there, so that nothing else would tell."""
+    root = tmp_path / "c"
+    save(root, state(1.0))
+    before = (root / MANIFEST).read_bytes()
+    save(root, state(2.0), keep_replaced=True)
+    for outcome in load_on_ranks(
+        [CountingReader(FileSystemStore(root)), CountingReader(StaleView(root, before))],
+        items=True,
+    ):
+        assert isinstance(outcome, dcp.CheckpointException)
+        assert outcome.kind == "superseded"
+        assert "rank 1" in str(outcome) and outcome.checkpoint is not None
+    # One that comes into sight meanwhile.
+    stale = StaleView(root, before, looks=1)
+    readers = [CountingReader(FileSystemStore(root)), CountingReader(stale)]
+    assert [v for _, v in results_of(load_on_ranks(readers, items=True))] == [2.0] * 2

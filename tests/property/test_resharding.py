@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dcp_engine.saver import PlanMemory
 from storage_backends.filesystem_store import FileSystemStore
 from tests.property.jobs import SharedMemoryStore, load_world, save_world
-from tests.property.worlds import World, examples, worlds
+from tests.property.worlds import MAX_RANKS, World, examples, worlds
 
 # torch says so once, whenever something touches a complex32 tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -27,12 +28,15 @@ def test_what_was_saved_is_what_is_loaded(world: World) -> None:
 
 
 @settings(max_examples=examples(15))
-@given(worlds())
-def test_a_remembered_plan_stores_the_new_values(world: World) -> None:
-    """The second save goes by digest; the third, of other tensors, must not."""
+@given(worlds(), st.integers(0, 2 * MAX_RANKS))
+def test_a_remembered_plan_stores_the_new_values(world: World, forgetful: int) -> None:
+    """The second save goes by digest, unless a rank has lost its memory; the third, of other
+    tensors, must not."""
     store = SharedMemoryStore()
     memories = [PlanMemory() for _ in range(world.savers)]
     save_world(world, lambda _: store, memories, "old")
+    if forgetful < world.savers:
+        memories[forgetful].clear()
     save_world(world, lambda _: store, memories)
     assert not load_world(world, lambda _: store)[1]
     smaller = replace(world, entries=world.entries[1:], to_lowest_rank=not world.to_lowest_rank)

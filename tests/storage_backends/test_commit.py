@@ -26,6 +26,7 @@ from storage_backends.filesystem import FileSystemReader, FileSystemWriter
 from storage_backends.filesystem_store import FileSystemStore
 from storage_backends.memory import MemoryStore
 from storage_backends.os_errors import storage_error
+from storage_backends.prune import prune
 from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty import Fail, Fault, FaultyByteStore, LoseReply, ShortWrite
@@ -544,6 +545,20 @@ def test_a_save_with_collectives_replaces_a_set(open_store: OpenStore) -> None:
         save_alone(open_store, rank, A)
     save([writer_on(open_store())], whole(NEW), B)
     assert value(open_store()) == 2.0
+    assert {name.partition("/")[0] for name in names(open_store())} == {
+        "manifest.json",
+        f"data-{B}",
+    }
+
+
+def test_a_save_with_collectives_hides_no_manifest_of_an_incomplete_set(
+    open_store: OpenStore,
+) -> None:
+    """It would keep the data it names from ever being pruned."""
+    save_alone(open_store, 0, A)
+    save([writer_on(open_store())], whole(NEW), B)
+    assert [name for name in names(open_store()) if "/" not in name] == ["manifest.json"]
+    prune(open_store(), older_than=-1)
     assert {name.partition("/")[0] for name in names(open_store())} == {
         "manifest.json",
         f"data-{B}",

@@ -13,6 +13,7 @@ from dcp_engine.errors import StorageError
 from storage_backends.filesystem import FileSystemReader, FileSystemStore, FileSystemWriter
 from storage_backends.memory import MemoryStore
 from storage_backends.prune import prune, prune_checkpoint
+from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty import Fail, Fault, FaultyByteStore
 from tests.storage_backends.hand_plans import load_whole, save, ticket, whole, write
 
@@ -87,6 +88,23 @@ def test_a_set_without_collectives_is_committed_data(tmp_path: Path) -> None:
     make_old(tmp_path / f"data-{A}", 1e6)
     (kept,) = prune(tmp_path).kept
     assert kept.reason == "committed"
+
+
+def test_a_set_that_hides_behind_a_manifest_goes(tmp_path: Path) -> None:
+    """What a save with collectives could not remove of the set that it replaced."""
+    plan = whole(STATE)
+    writer = FileSystemWriter(tmp_path)
+    writer.begin_save(None, ticket(A, use_collectives=False))
+    writer.commit_columns(plan.global_plan(), [write(writer, plan, 0)], None)  # type: ignore[list-item]
+    writer.end_save()
+    refuses = Fault(operation="delete", action=Fail(OSError(5, "bad")), times=None)
+    store = FaultyByteStore(FileSystemStore(tmp_path), [refuses])
+    save([ShardedWriter(lambda _: store, tmp_path)], whole(STATE), B)
+    assert (tmp_path / "manifest-rank00000.json").exists()
+    assert prune(tmp_path).removed == ()
+    (removed,) = prune(tmp_path, older_than=-1).removed
+    assert removed.name == f"data-{A}"
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", f"data-{B}"}
 
 
 def test_nothing_goes_where_the_manifest_cannot_be_read(tmp_path: Path) -> None:

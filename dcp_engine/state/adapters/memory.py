@@ -53,6 +53,8 @@ def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Ten
             ``for_load`` also memory that cannot be filled element by element (conjugate or
             negative views, elements that share memory).
     """
+    if type(tensor) in _ORDINARY and _is_simple(tensor):  # nearly all are
+        return tensor.detach() if tensor.requires_grad else tensor
     if type(tensor) not in _ORDINARY:
         if is_async_collective(tensor):
             tensor = tensor.trigger_wait()  # type: ignore[attr-defined]
@@ -68,6 +70,21 @@ def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Ten
         elif plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()
         return plain
+
+
+def _is_simple(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of an ordinary class passes all that is asked below."""
+    return (
+        tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+        <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _refuse_strange_class(fqn: str, tensor: torch.Tensor) -> None:
