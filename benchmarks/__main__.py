@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    "io": "saves and loads: wall and processor time against raw writes, DCP and safetensors",
     "planning": "planning and coordination of many ranks: time, bytes, memory, store operations",
 }
 

@@ -304,5 +304,6 @@ class CheckpointException(CheckpointError):
         lines = [super().__str__()]
         for rank, (exception, stack) in self._failures.items():
             lines.append(f"rank {rank} failed with {type(exception).__name__}: {exception}")
+            lines.extend(f"  {note}" for note in getattr(exception, "__notes__", ()))
             lines.extend("  " + line.rstrip() for line in traceback.format_list(stack))
         return "\n".join(lines)

@@ -39,7 +39,8 @@ class FileSystemWriter(ShardedWriter):
             where its header would become too long); a file per tensor gains nothing here.
         sync_files: False leaves it to the system when bytes reach the disk. A crash of the job
             still loses nothing that was committed; a power failure may.
-        thread_count: threads that write one rank's file.
+        thread_count: threads that write one rank's file; None: as many as this process may use
+            processors, shared with the other ranks of the host, at most 8.
         per_thread_copy_ahead: accepted, as in DCP. Device memory is copied in bounded slices.
         cache_staged_state_dict: accepted, as in DCP. Staging is the engine's, not the writer's.
         overwrite: False refuses a directory that holds a checkpoint. True replaces it at once:
@@ -53,7 +54,7 @@ class FileSystemWriter(ShardedWriter):
         path: CheckpointId | None = None,
         single_file_per_rank: bool = True,
         sync_files: bool = True,
-        thread_count: int = 1,
+        thread_count: int | None = None,
         per_thread_copy_ahead: int = 10_000_000,
         cache_staged_state_dict: bool = False,
         overwrite: bool = True,
@@ -85,7 +86,7 @@ class FileSystemReader(ShardedReader):
 
     Args:
         path: what to read, unless a load says otherwise; a path or a ``file:`` URL.
-        thread_count: threads that read for one rank.
+        thread_count: threads that read for one rank; None: as ``FileSystemWriter`` has it.
         verify_digests: False skips the digests of tensor data: damage goes unnoticed.
         max_inflight_bytes: bound of the memory a load holds beside its destination.
     """
@@ -94,7 +95,7 @@ class FileSystemReader(ShardedReader):
         self,
         path: CheckpointId | None = None,
         *,
-        thread_count: int = 1,
+        thread_count: int | None = None,
         verify_digests: bool = True,
         max_inflight_bytes: int = 256 << 20,
     ) -> None:

@@ -31,7 +31,12 @@ from storage_backends.directory_entries import (
 )
 from storage_backends.names import split_name
 from storage_backends.os_errors import storage_error, storage_errors
-from storage_backends.vectored_io import pread_all, pwrite_all
+from storage_backends.vectored_io import (
+    adjacent,
+    pread_all,
+    pwrite_all,
+    start_write_back,
+)
 
 __all__ = ["FileSystemStore", "path_of"]
 
@@ -269,7 +274,7 @@ class FileSystemStore(ByteStore):
             self._opened(name) as (descriptor, _size),
         ):
             try:
-                for offset, buffers in _adjacent(ranges):
+                for offset, buffers in adjacent(ranges):
                     pread_all(descriptor, buffers, offset)
             except EOFError as error:
                 raise EOFError(f"{self.url}/{name}: {error}") from error
@@ -371,7 +376,10 @@ class _FileSystemFile(ByteStoreFile):
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         with storage_errors("write the file", checkpoint=self._store.url, file=self._name):
-            pwrite_all(self._open_descriptor(), buffers, offset)
+            descriptor = self._open_descriptor()
+            pwrite_all(descriptor, buffers, offset)
+            if self._store.durable_sync:
+                start_write_back(descriptor, offset, sum(buffer.nbytes for buffer in buffers))
 
     def sync(self) -> None:
         if not self._store.durable_sync:
@@ -398,19 +406,3 @@ class _FileSystemFile(ByteStoreFile):
                 os.close(descriptor)
         with suppress(OSError):
             self._store.delete([self._name])
-
-
-def _adjacent(ranges: Sequence[ReadRange]) -> Iterator[tuple[int, list[memoryview]]]:
-    """Ranges that follow each other in the file, as one offset and many buffers."""
-    begin = end = 0
-    buffers: list[memoryview] = []
-    for item in ranges:
-        if buffers and item.offset != end:
-            yield begin, buffers
-            buffers = []
-        if not buffers:
-            begin = end = item.offset
-        buffers.append(item.buffer)
-        end += item.buffer.nbytes
-    if buffers:
-        yield begin, buffers

@@ -5,6 +5,7 @@ Belongs here: running jobs, and stopping all when one fails. Does not belong her
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -12,9 +13,21 @@ from typing import TypeVar
 
 from dcp_engine.storage import Check
 
-__all__ = ["run_jobs"]
+__all__ = ["default_threads", "run_jobs"]
 
 J = TypeVar("J")
+
+MAX_DEFAULT_THREADS = 8
+"""More than a disk or a page cache gains from, for one rank."""
+
+
+def default_threads() -> int:
+    """How many threads read or write for one rank, unless somebody says: the processors that this
+    process may use, shared with the other ranks of the host as far as the launcher told
+    (``LOCAL_WORLD_SIZE``)."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdigit() else 1)
+    return max(1, min(share, MAX_DEFAULT_THREADS))
 
 
 class _Stopped(Exception):

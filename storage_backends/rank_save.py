@@ -337,13 +337,20 @@ class RankSave:
         owner = f"{self._directory}/{OWNER_NAME}"
         store.delete(reversed([name for name in self._written if name != owner]))
         # Somebody else's files keep the directory, and the owner record that explains it.
-        rest = [file.name for file in store.list(f"{self._directory}/")]
-        empty = [name for name in rest if name.endswith("/")]
-        if not set(rest) - {owner, *empty}:
-            store.delete([*empty, owner, self._directory])
-        elif self.ticket.use_collectives and owner in self._written:
+        empty = self._remove_if_empty(owner)
+        if not empty and self.ticket.use_collectives and owner in self._written:
             store.put(owner, owner_record(self.ticket.identity, given_up=True))
+            # A rank that finished meanwhile may have seen the record being written, and left.
+            self._remove_if_empty(owner)
         self._written.clear()
+
+    def _remove_if_empty(self, owner: str) -> bool:
+        rest = [file.name for file in self.store.list(f"{self._directory}/")]
+        empty = [name for name in rest if name.endswith("/")]
+        if set(rest) - {owner, *empty}:
+            return False
+        self.store.delete([*empty, owner, self._directory])
+        return True
 
     def leave_in_doubt(self) -> None:
         """Delete nothing. On the coordinator, whose attempt to commit is over whatever became of

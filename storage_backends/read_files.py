@@ -25,7 +25,7 @@ __all__ = ["Wanted", "read_wanted"]
 
 U64 = npt.NDArray[np.uint64]
 
-READ_BYTES = 4 << 20
+READ_BYTES = 2 << 20
 """Bytes read, then checked, at a time: small enough to be in the cache still."""
 READ_RANGES = 1024
 """Ranges per read: what ``preadv`` takes."""

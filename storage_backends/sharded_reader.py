@@ -27,6 +27,7 @@ from dcp_engine.storage import ByteStore, Check
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.item_reads import ReadingRank, load_objects, want_items
 from storage_backends.item_results import PLANNER_DATA_NAME
+from storage_backends.jobs import default_threads
 from storage_backends.open_manifest import (
     decode_manifest_bytes,
     read_manifest,
@@ -63,7 +64,7 @@ class ShardedReader(ColumnarReader):
     Args:
         open_store: opens the byte store of a checkpoint's id.
         checkpoint_id: what to read unless a load says otherwise.
-        thread_count: threads that read for one rank.
+        thread_count: threads that read for one rank; None: by the machine.
         verify_digests: False skips the digests of tensor data, not those of manifest and extra
             files: damaged numbers then go unnoticed.
         max_inflight_bytes: bound of the memory a load holds beside its destination; lowers
@@ -77,10 +78,12 @@ class ShardedReader(ColumnarReader):
         open_store: OpenStore,
         checkpoint_id: CheckpointId | None = None,
         *,
-        thread_count: int = 1,
+        thread_count: int | None = None,
         verify_digests: bool = True,
         max_inflight_bytes: int = 256 << 20,
     ) -> None:
+        if thread_count is None:
+            thread_count = default_threads()
         if thread_count < 1:
             raise UsageError(f"thread_count is {thread_count}, but somebody has to read")
         self._open_store = open_store

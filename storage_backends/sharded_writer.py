@@ -36,6 +36,7 @@ from storage_backends.item_results import (
     encoded_planner_data,
 )
 from storage_backends.item_writes import ItemTicket, lay_out_items, ticket_plans, write_results
+from storage_backends.jobs import default_threads
 from storage_backends.layout import lay_out_assignment
 from storage_backends.open_manifest import read_manifest
 from storage_backends.present import present_checkpoint
@@ -66,7 +67,7 @@ class ShardedWriter(ColumnarWriter):
     Args:
         open_store: opens the byte store of a checkpoint's id.
         checkpoint_id: where to write unless a save says otherwise.
-        thread_count: threads that write one rank's files.
+        thread_count: threads that write one rank's files; None: by the machine.
         overwrite: False refuses a place where a checkpoint is.
         block_size: bytes under one digest, a power of two from 512 to 1 GiB.
         max_inflight_bytes: bound of the memory a save holds beside the tensors; lowers
@@ -80,11 +81,13 @@ class ShardedWriter(ColumnarWriter):
         open_store: OpenStore,
         checkpoint_id: CheckpointId | None = None,
         *,
-        thread_count: int = 1,
+        thread_count: int | None = None,
         overwrite: bool = True,
         block_size: int = DEFAULT_BLOCK_SIZE,
         max_inflight_bytes: int = 256 << 20,
     ) -> None:
+        if thread_count is None:
+            thread_count = default_threads()
         if thread_count < 1:
             raise UsageError(f"thread_count is {thread_count}, but somebody has to write")
         if not check_block_size(block_size):

@@ -6,6 +6,7 @@ here: reading tensor data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -49,8 +50,17 @@ def wanted_of_columns(
     ``StateMismatchError(kind="dtype_mismatch")``.
     """
     small, rest = small_rows(files, plan, tensors)
-    boxes = _boxes_of(plan, rest, tensors, checkpoint=files.store.url)
-    return WantedColumns(small=small, boxes=checked(files, boxes))
+    boxes = checked(files, _boxes_of(plan, rest, tensors, checkpoint=files.store.url))
+    if plan.flat is not None:
+        boxes = [_flattened(row) for row in boxes]
+    return WantedColumns(small=small, boxes=boxes)
+
+
+def _flattened(row: Wanted) -> Wanted:
+    """A range of elements as a box of a chunk of one dimension."""
+    if len(row.within) == len(row.sizes):
+        return row
+    return row._replace(sizes=(math.prod(row.sizes),))
 
 
 def _boxes_of(
@@ -58,6 +68,7 @@ def _boxes_of(
 ) -> list[Wanted]:
     """One box per row of ``rows``, in their order."""
     wanted: list[Wanted] = []
+    flat = None if plan.flat is None else plan.flat[rows].tolist()
     for tensor_row, ndim, itemsize, file, start, sizes, within, lengths, dest, dest_within in zip(
         plan.tensor[rows].tolist(),
         plan.ndims[rows].tolist(),
@@ -72,7 +83,8 @@ def _boxes_of(
         strict=True,
     ):
         name, tensor = plan.names[tensor_row], tensors[dest]
-        if tensor.ndim != ndim or tensor.element_size() != itemsize:
+        dims = ndim if flat is None or not flat[len(wanted)] else 1
+        if tensor.ndim != dims or tensor.element_size() != itemsize:
             raise StateMismatchError(
                 f"{itemsize} bytes an element in {ndim} dimensions are stored, the destination "
                 f"is {tensor.dtype} of shape {tuple(tensor.shape)}",
@@ -92,8 +104,8 @@ def _boxes_of(
                 start=start,
                 nbytes=nbytes,
                 sizes=chunk,
-                within=tuple(within[:ndim]),
-                lengths=tuple(lengths[:ndim]),
+                within=tuple(within[:dims]),
+                lengths=tuple(lengths[:dims]),
                 tensor=box,
                 digests=None,
             )

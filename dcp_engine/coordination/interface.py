@@ -11,7 +11,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["Deadlines", "Decision", "Operation", "Outcome", "RunIdentity", "Session"]
 
@@ -131,6 +131,12 @@ class Session(abc.ABC):
     ) -> Operation:
         """Take the next number, on the calling thread. No waiting and no message to others; ranks
         that turn out to be in different operations get ``out_of_step``, naming both."""
+
+    def data_store(self, number: int) -> Any:
+        """A c10d store (torch's type stubs do not name the class) for a process group that
+        operation ``number`` makes for itself, under a prefix of its own; None where no store can
+        be reached."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
+
+import torch.distributed
 
 from dcp_engine.coordination.handshake import agree_on_session
 from dcp_engine.coordination.interface import Deadlines, RunIdentity, Session
@@ -22,6 +24,9 @@ from dcp_engine.coordination.watched import run_watched
 from dcp_engine.errors import UsageError
 
 __all__ = ["StoreSession"]
+
+_distributed: Any = torch.distributed
+"""The store classes, which torch's type stubs know only in part."""
 
 
 class StoreSession(Session):
@@ -120,6 +125,13 @@ class StoreSession(Session):
         """A new connection to the session's store, which the caller owns."""
         self._refuse_if_closed()
         return self._connect()
+
+    def data_store(self, number: int) -> Any:
+        """A store for a process group of operation ``number``; see the interface."""
+        store: Any = self.connect()
+        if not isinstance(store, _distributed.Store):
+            return None
+        return _distributed.PrefixStore(f"{self.prefix()}/{number}/data", store)
 
     @property
     def counters(self) -> StoreCounters:

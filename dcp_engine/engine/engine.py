@@ -19,7 +19,7 @@ from dcp_engine.coordination.single import SingleSession
 from dcp_engine.errors import UsageError
 from dcp_engine.format.names import is_save_id, new_save_id
 from dcp_engine.loader import LoadOptions, LoadReport, load
-from dcp_engine.loader.options import LOAD_PHASES, PerRankPolicy
+from dcp_engine.loader.options import LOAD_PHASES, SHARED_READS, PerRankPolicy, SharedReads
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry
@@ -134,8 +134,14 @@ class Engine:
         coordinator_rank: int = 0,
         per_rank: PerRankPolicy = "error",
         allow_pickle: bool = False,
+        shared_reads: SharedReads = "auto",
     ) -> LoadReport:
         """See :func:`dcp_engine.load`."""
+        if shared_reads not in SHARED_READS:
+            raise UsageError(
+                f"shared_reads is {shared_reads!r}",
+                hint=f"it is one of {', '.join(map(repr, SHARED_READS))}",
+            )
         reader = storage_reader
         if reader is None:
             reader = self._registry.reader(_required(checkpoint_id, "storage_reader"))
@@ -151,6 +157,7 @@ class Engine:
                 coordinator_rank=coordinator_rank,
                 per_rank=per_rank,
                 allow_pickle=allow_pickle,
+                shared_reads=shared_reads,
             ),
         )
 
@@ -210,9 +217,7 @@ class Engine:
             return self._session_alone()
         self._refuse_if_closed()
         if self._session is None:
-            self._session = open_session(
-                self._process_group, connect_timeout=self._connect_timeout
-            )
+            self._session = open_session(self._process_group, connect_timeout=self._connect_timeout)
         return self._session
 
     def _session_alone(self) -> Session:

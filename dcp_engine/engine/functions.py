@@ -12,7 +12,7 @@ from dcp_engine.engine.default import default_engine
 from dcp_engine.engine.engine import CheckpointId, Timeout
 from dcp_engine.errors import StorageError
 from dcp_engine.loader import LoadReport
-from dcp_engine.loader.options import PerRankPolicy
+from dcp_engine.loader.options import PerRankPolicy, SharedReads
 from dcp_engine.loader.random_access import Checkpoint
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.native_storage import ColumnarReader
@@ -117,6 +117,7 @@ def load(
     coordinator_rank: int = 0,
     per_rank: PerRankPolicy = "error",
     allow_pickle: bool = False,
+    shared_reads: SharedReads = "auto",
 ) -> LoadReport:
     """Load a checkpoint into ``state_dict``; every rank of the group calls this.
 
@@ -131,11 +132,16 @@ def load(
         storage_reader: where from; by default the registered backend of ``checkpoint_id``.
         planner: what to read; ``DefaultLoadPlanner()`` by default.
         process_group, no_dist, timeout, stall_timeout, coordinator_rank: as in ``save``.
-        phase_timeouts: seconds by phase: ``metadata``, ``manifest``, ``plan``, ``read``.
+        phase_timeouts: seconds by phase: ``metadata``, ``manifest``, ``plan``, ``share``,
+            ``read``, ``restore``.
         per_rank: what to do with ``PerRank`` values saved at another world size: ``"error"``,
             ``"skip"`` (keep what is there), or ``"list"`` (put a list of all ranks' values).
         allow_pickle: execute the pickle of objects that the safe encoding and
             ``torch.load(weights_only=True)`` cannot read. Only for checkpoints you trust.
+        shared_reads: what becomes of bytes that several ranks need: ``"once"``: one of them reads
+            and verifies them and hands them on, so that the job reads what it needs about once;
+            ``"direct"``: every rank reads for itself; ``"auto"``: once where the medium is not
+            local to one host that all ranks run on, else direct. The same on all ranks.
 
     Returns:
         What was read, missing and not asked for.
@@ -156,6 +162,7 @@ def load(
         coordinator_rank=coordinator_rank,
         per_rank=per_rank,
         allow_pickle=allow_pickle,
+        shared_reads=shared_reads,
     )
 
 

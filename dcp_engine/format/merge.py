@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from dcp_engine.errors import DamagedCheckpointError, InvalidPlanError, NotFoundError
 from dcp_engine.format.lazy_maps import LazyMap
@@ -187,10 +188,11 @@ def _first_of_each(offsets: I64, sizes: I64) -> I64:
 
 
 def _moved_tensor(tensor: StoredTensor, base: int) -> StoredTensor:
-    return replace(
+    return structs.replace(
         tensor,
         must_tile=True,
         load_chunks=partial(_join_chunks, [(tensor, base)], tensor.shape),
+        load_whole=None,
     )
 
 

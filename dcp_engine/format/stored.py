@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -119,9 +120,8 @@ class StoredObject:
     """The rank of a per-rank value, else ``NO_OWNER``."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StoredTensor:
-    """A tensor as it is stored."""
+class StoredTensor(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
+    """A tensor as it is stored. A struct: there may be very many."""
 
     name: str
     info: DTypeInfo

@@ -2,19 +2,21 @@
 
 Steps: ``metadata`` and ``manifest`` (all ranks come to one manifest, see ``agreed_manifest``),
 ``plan`` (every rank finds out what it needs; a destination that does not fit fails here, before a
-byte has moved), ``read``.
+byte has moved), ``share`` (who reads what several ranks need; only where they hand it on),
+``read``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from dcp_engine.collector import collector_paused
-from dcp_engine.coordination.interface import Decision, Operation
+from dcp_engine.coordination.interface import Decision, Operation, Session
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import DamagedCheckpointError, StateMismatchError
@@ -22,10 +24,12 @@ from dcp_engine.format.manifest import Manifest
 from dcp_engine.format.names import MANIFEST_NAME
 from dcp_engine.loader.agreed_manifest import agree_on_manifest
 from dcp_engine.loader.destination import Destination, Path
+from dcp_engine.loader.medium import RankPlace, place_of, worth_handing_on
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
 from dcp_engine.loader.options import LoadOptions
 from dcp_engine.loader.report import LoadReport
 from dcp_engine.loader.restore import partly_filled, run_restore, with_memory
+from dcp_engine.loader.share import agree_on_share
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
@@ -50,7 +54,24 @@ class _RankPlan:
     unexpected: tuple[str, ...]
 
 
+class _RankWord(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank says when it has planned."""
+
+    stateful: bool
+    place: RankPlace
+
+
+class _Common(msgspec.Struct, frozen=True, array_like=True):
+    """What follows for all of them."""
+
+    stateful: bool
+    """Some rank hands state to a ``Stateful``."""
+    once: bool
+    """What several ranks need is read once."""
+
+
 def load_columns(
+    session: Session,
     operation: Operation,
     destination: Destination,
     *,
@@ -88,7 +109,16 @@ def load_columns(
                 error.with_context(file=MANIFEST_NAME)
             raise
         plans.append(plan)
-        return b"1" if destination.has_stateful else b""
+        place = place_of(reader, manifest, session.identity.boot_id)
+        return msgspec.msgpack.encode(_RankWord(stateful=destination.has_stateful, place=place))
+
+    def conclude(messages: list[bytes]) -> Decision:
+        words = [msgspec.msgpack.decode(message, type=_RankWord) for message in messages]
+        once = options.shared_reads == "once" or (
+            options.shared_reads == "auto" and worth_handing_on([word.place for word in words])
+        )
+        stateful = any(word.stateful for word in words)
+        return Decision(common=msgspec.msgpack.encode(_Common(stateful=stateful, once=once)))
 
     def read() -> bytes:
         plan = plans[0]
@@ -102,16 +132,24 @@ def load_columns(
             )
             if wanted.request.path is not None:
                 loaded.append((wanted.request.path, value))
-        count = reader.read_columns(manifest, source.columns, source.tensors, operation.check)
+        if part is None:
+            count = reader.read_columns(manifest, source.columns, source.tensors, operation.check)
+        else:
+            count = part.read(reader, manifest, source, operation, open_groups)
         return msgspec.msgpack.encode(count)
 
     loaded: list[tuple[Path, object]] = []
     try:
         agreed = agree_on_manifest(operation, reader, checkpoint_id)
-        stateful, _ = operation.step(
-            "plan", here(plan), lambda messages: Decision(common=max(messages))
-        )
-        with partly_filled():
+        concluded, _ = operation.step("plan", here(plan), conclude)
+        common_plan = msgspec.msgpack.decode(concluded, type=_Common)
+        part = None
+        if common_plan.once and operation.world_size > 1:
+            manifest, source = plans[0].manifest, plans[0].source
+            part = agree_on_share(operation, session, manifest, source)
+        # Connections end after the step: a rank that fails is heard of through the operation, and
+        # the others do not take it for one that died.
+        with partly_filled(), ExitStack() as open_groups:
             common, _ = operation.step("read", here(read), _total)
     finally:
         reader.close_checkpoint()
@@ -125,7 +163,7 @@ def load_columns(
         destination.finish()
         return b""
 
-    run_restore(operation, here(restore), together=bool(stateful))
+    run_restore(operation, here(restore), together=common_plan.stateful)
     return LoadReport(
         save_id=agreed.record.save_id,
         missing=plan_.missing,

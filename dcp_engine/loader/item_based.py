@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.default_planner import (
@@ -39,6 +40,8 @@ def load_items(
     mail = ObjectMail(operation.world_size)
     before: dict[str, object] = {}
     reports: list[LoadReport] = []
+    alone: list[LoadPlan] = []
+    """The plan of a rank that knows its own part of the checkpoint only."""
 
     def here(action: Callable[[], bytes]) -> Callable[[], bytes]:
         def local() -> bytes:
@@ -50,10 +53,10 @@ def load_items(
     def local_plan() -> bytes:
         destination.resolve()
         reader.reset(checkpoint_id)
-        metadata = reader.read_metadata()
+        metadata, rank_local = _read_metadata(reader, operation.rank)
         # By position, as torch's DCP calls it.
         planner.set_up_planner(destination.resolved, metadata, operation.is_coordinator)
-        _set_up_reader(reader, metadata, operation)
+        _set_up_reader(reader, metadata, operation, use_collectives=not rank_local)
         plan = reader.prepare_local_plan(planner.create_local_plan())
         if isinstance(planner, DefaultLoadPlanner):
             before.update(planner.state_dict)
@@ -63,27 +66,35 @@ def load_items(
         reports.append(_report(metadata, wanted))
         # A reader of another origin may make up an id on every rank, as torch's does.
         save_id = reports[0].save_id if isinstance(reader, ColumnarReader) else None
-        return mail.send((destination.has_stateful, save_id, plan))
+        if rank_local:
+            alone.extend(reader.prepare_global_plan(planner.create_global_plan([plan])))
+        return mail.send((destination.has_stateful, save_id, None if rank_local else plan))
 
     def global_plan(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=operation.rank):
-            offers: list[tuple[bool, str | None, LoadPlan]] = [mail.open(m) for m in messages]
+            offers: list[tuple[bool, str | None, LoadPlan | None]]
+            offers = [mail.open(message) for message in messages]
             _refuse_different_checkpoints([save_id for _, save_id, _ in offers])
-            plans = planner.create_global_plan([plan for _, _, plan in offers])
-            plans = reader.prepare_global_plan(plans)
+            stateful = b"1" if any(flag for flag, _, _ in offers) else b""
+            local_plans = [plan for _, _, plan in offers if plan is not None]
+            if not local_plans:
+                return Decision(common=stateful)
+            if len(local_plans) != len(offers):
+                raise InvalidPlanError(
+                    "some ranks read metadata of the whole checkpoint, and others only their own",
+                    checkpoint=checkpoint,
+                )
+            plans = reader.prepare_global_plan(planner.create_global_plan(local_plans))
             if len(plans) != operation.world_size:
                 raise InvalidPlanError(
                     f"{type(planner).__name__} and {type(reader).__name__} made {len(plans)} "
                     f"plans for {operation.world_size} ranks",
                     checkpoint=checkpoint,
                 )
-            stateful = any(flag for flag, _, _ in offers)
-            return Decision(
-                common=b"1" if stateful else b"", per_rank=[mail.send(plan) for plan in plans]
-            )
+            return Decision(common=stateful, per_rank=[mail.send(plan) for plan in plans])
 
     def read(own: bytes) -> bytes:
-        plan = planner.finish_plan(mail.open(own))
+        plan = planner.finish_plan(alone[0] if alone else mail.open(own))
         operation.check()
         reader.read_data(plan, planner).wait()
         return b""
@@ -128,18 +139,30 @@ def _report(metadata: Metadata, wanted: Mapping[str, object]) -> LoadReport:
     )
 
 
-def _set_up_reader(reader: StorageReader, metadata: Metadata, operation: Operation) -> None:
-    if not takes_keywords(reader.set_up_storage_reader):
-        reader.set_up_storage_reader(metadata, operation.is_coordinator)
-    elif isinstance(reader, ColumnarReader):
-        reader.set_up_storage_reader(
-            metadata,
-            operation.is_coordinator,
-            rank=operation.rank,
-            use_collectives=True,
-            world_size=operation.world_size,
-        )
-    else:
-        reader.set_up_storage_reader(
-            metadata, operation.is_coordinator, rank=operation.rank, use_collectives=True
-        )
+def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
+    """The metadata, and whether it is this rank's own.
+
+    As in torch's DCP: a reader of another origin that finds none for the whole checkpoint, and
+    takes keywords, is asked for what its rank stored by itself without collectives.
+    """
+    try:
+        return reader.read_metadata(), False
+    except Exception as error:
+        if isinstance(reader, ColumnarReader) or not takes_keywords(reader.read_metadata):
+            raise
+        try:
+            return reader.read_metadata(rank=rank), True
+        except Exception as second:
+            error.add_note(f"and for rank {rank} alone: {type(second).__name__}: {second}")
+            raise error from second
+
+
+def _set_up_reader(
+    reader: StorageReader, metadata: Metadata, operation: Operation, *, use_collectives: bool
+) -> None:
+    keywords: dict[str, Any] = {}
+    if takes_keywords(reader.set_up_storage_reader):
+        keywords = {"rank": operation.rank, "use_collectives": use_collectives}
+        if isinstance(reader, ColumnarReader):
+            keywords["world_size"] = operation.world_size
+    reader.set_up_storage_reader(metadata, operation.is_coordinator, **keywords)

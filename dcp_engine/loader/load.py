@@ -45,9 +45,7 @@ def load(
     destination = Destination(state_dict)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            report = _attempt(
-                session, destination, checkpoint_id, reader, planner, group, options
-            )
+            report = _attempt(session, destination, checkpoint_id, reader, planner, group, options)
             break
         except CheckpointException as error:
             # Every rank holds the same verdict, so all of them start over, or none.
@@ -80,6 +78,7 @@ def _attempt(
             if not isinstance(planner, DefaultLoadPlanner):
                 raise UsageError(f"{type(planner).__name__} is not a DefaultLoadPlanner")
             return load_columns(
+                session,
                 operation,
                 destination,
                 checkpoint_id=checkpoint_id,

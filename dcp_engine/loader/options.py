@@ -7,12 +7,14 @@ from typing import Literal
 
 from dcp_engine.coordination.interface import Deadlines
 
-__all__ = ["LOAD_PHASES", "LoadOptions", "PerRankPolicy"]
+__all__ = ["LOAD_PHASES", "SHARED_READS", "LoadOptions", "PerRankPolicy", "SharedReads"]
 
-LOAD_PHASES = ("metadata", "manifest", "plan", "read", "restore")
+LOAD_PHASES = ("metadata", "manifest", "plan", "share", "read", "restore")
 """What ``phase_timeouts`` may name."""
 
 PerRankPolicy = Literal["error", "skip", "list"]
+SharedReads = Literal["once", "direct", "auto"]
+SHARED_READS: tuple[SharedReads, ...] = ("once", "direct", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +25,4 @@ class LoadOptions:
     coordinator_rank: int = 0
     per_rank: PerRankPolicy = "error"
     allow_pickle: bool = False
+    shared_reads: SharedReads = "auto"

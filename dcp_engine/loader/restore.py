@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
@@ -24,7 +23,9 @@ def with_memory(leaf: Leaf) -> Leaf:
     """The leaf itself, or, for a tensor on the meta device, a leaf with memory to load into."""
     value = leaf.value
     if isinstance(value, torch.Tensor) and value.is_meta:
-        return replace(leaf, value=materialized(value))
+        return Leaf(
+            fqn=leaf.fqn, path=leaf.path, value=materialized(value), per_rank=leaf.per_rank
+        )
     return leaf
 
 

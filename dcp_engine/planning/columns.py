@@ -36,6 +36,7 @@ __all__ = [
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
 
 NO_ALIAS = -1
 """The tensor has storage of its own."""
@@ -219,3 +220,7 @@ class LoadColumns:
     """(R,)"""
     dest_within: I64
     """(R, D)"""
+    flat: Bool | None = None
+    """(R,) rows that read a range of the chunk's elements, whatever its shape, into a tensor of
+    one dimension: only the first column of ``within``, ``lengths`` and ``dest_within`` counts,
+    and positions are row-major. ``chunk_sizes`` is the chunk's own shape. None: there are none."""

@@ -101,7 +101,9 @@ def save_items(
             operation.check()
             results = writer.write_data(plan, planner).wait()
             _compare_with_plan(plan, results, checkpoint=checkpoint, rank=rank)
-            return mail.send(results)
+            message = mail.send(results)
+            reported.append(True)
+            return message
 
     def finish(messages: list[bytes]) -> Decision:
         with located(checkpoint=checkpoint, rank=rank):

@@ -14,10 +14,11 @@ import fcntl
 import os
 from concurrent.futures import Executor
 from types import TracebackType
+from typing import cast
 
 import torch
 
-from dcp_engine.errors import UsageError
+from dcp_engine.errors import StagingError, UsageError
 from dcp_engine.staging import pages
 from dcp_engine.staging.memory import require_memory
 
@@ -119,8 +120,17 @@ class Arena:
         self._unpin()
         # torch's own mapping of a file: it lives as long as tensors refer to it, and keeps no
         # descriptor. The path is how a process names what its descriptors stand for.
-        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{self._fd}", True, size)
-        self._base = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))
+        try:
+            storage = torch.UntypedStorage.from_file(
+                f"/proc/self/fd/{self._fd}", shared=True, nbytes=size
+            )
+        except RuntimeError as error:  # all that torch says, whatever the errno was
+            raise StagingError(
+                f"{size:,} bytes of staging memory cannot be mapped: {error}"
+            ) from error
+        self._base = torch.empty(0, dtype=torch.uint8).set_(
+            cast(torch.UntypedStorage, storage), 0, torch.Size((size,)), torch.Size((1,))
+        )
         pages.advise_huge_pages(self._base)
         if self._pin:
             self._pinned = pages.pin(self._base)
@@ -138,11 +148,9 @@ class Arena:
         self._check_open()
         end = self.size if nbytes is None else min(nbytes, self.size)
         require_memory(end - self.present())
-        slices = [self._base[at : min(at + _TOUCH_SLICE, end)] for at in range(0, end, _TOUCH_SLICE)]
-        for _ in map(pages.populate, slices) if executor is None else executor.map(
-            pages.populate, slices
-        ):
-            pass
+        sizes = [min(_TOUCH_SLICE, end - at) for at in range(0, end, _TOUCH_SLICE)]
+        run = map if executor is None else executor.map
+        list(run(pages.populate, self._base[:end].split_with_sizes(sizes)))
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """``(nbytes,)`` uint8 at ``offset``. The tensor keeps the mapping alive by itself, after

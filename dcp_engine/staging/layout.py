@@ -63,7 +63,7 @@ class ArenaLayout:
         columns = (self.offsets, self.nbytes, self.dtypes, self.ndims, self.shapes, self.distinct)
         for column in columns:
             state.update(len(column).to_bytes(8, "little"))
-            state.update(np.ascontiguousarray(column).view(np.uint8))
+            state.update(column.tobytes())
         return state.digest()
 
     def views(self, arena: Arena) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def make_layout(tensors: Sequence[torch.Tensor]) -> ArenaLayout:
         code = codes.get(dtype)
         if code is None:
             code = codes[dtype] = code_of(dtype)
-        if dtype.is_complex and tensor.is_conj() or tensor.is_neg():
+        if (dtype.is_complex and tensor.is_conj()) or tensor.is_neg():
             raise UsageError("a conjugate or negative view was to be staged as it is")
         dtypes[row], ndims[row] = code, len(shape)
         shapes.extend(shape)

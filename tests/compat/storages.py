@@ -45,9 +45,7 @@ def _give(plan: LoadPlan, planner: LoadPlanner, stored: Mapping[Any, Any]) -> No
         if item.type == LoadItemType.BYTE_IO:
             planner.load_bytes(item, io.BytesIO(content))
             continue
-        for dim, (begin, length) in enumerate(
-            zip(item.storage_offsets, item.lengths, strict=True)
-        ):
+        for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             content = content.narrow(dim, begin, length)
         target = planner.resolve_tensor(item).detach()
         assert target.size() == content.size()
@@ -133,6 +131,8 @@ class DictReader(StorageReader):
 class FileWriter(StorageWriter):
     """One ``torch.save`` file a rank, and a pickle of the metadata by the coordinator."""
 
+    metadata_name = ".metadata"
+
     def __init__(self, path: CheckpointId) -> None:
         self.path = Path(path)
 
@@ -163,7 +163,7 @@ class FileWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert type(metadata) is Metadata
         metadata.storage_data = {r.index: r.storage_data for part in results for r in part}
-        with open(self.path / ".metadata", "wb") as file:
+        with open(self.path / self.metadata_name, "wb") as file:
             pickle.dump(metadata, file)
 
     @classmethod
@@ -209,6 +209,33 @@ class FileReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         return True
+
+
+class RankLocalWriter(FileWriter):
+    """Without collectives every rank keeps metadata of its own, as torch's own writer does."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.metadata_name = ".metadata" if self.use_collectives else f".metadata{self.rank}"
+        super().finish(metadata, results)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        if self.use_collectives:
+            return super().prepare_global_plan(plans)
+        return [SavePlan(plans[0].items, f"rank{self.rank}.pt", plans[0].planner_data)]
+
+
+class RankLocalReader(FileReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        name = f".metadata{kwargs['rank']}" if "rank" in kwargs else ".metadata"
+        with open(self.path / name, "rb") as file:
+            metadata: Metadata = pickle.load(file)
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self.use_collectives = kwargs["use_collectives"]
 
 
 class LosingWriter(FileWriter):

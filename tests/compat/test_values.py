@@ -1,4 +1,4 @@
-"""Every kind of value through every way a save can go: columns, items, a storage of other origin."""
+"""Every kind of value through every way of a save: columns, items, storage of other origin."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def _dtypes() -> list[torch.dtype]:
 
 def same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
     assert (one.dtype, one.shape) == (two.dtype, two.shape)
-    return one.contiguous().untyped_storage().tolist() == two.contiguous().untyped_storage().tolist()
+    one, two = one.contiguous(), two.contiguous()
+    return one.untyped_storage().tolist() == two.untyped_storage().tolist()
 
 
 def pattern(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -107,7 +108,9 @@ def test_shapes_strides_views_and_ties(round_trip: Way) -> None:
         "negative": torch.tensor([1 + 2j]).conj().imag,
     }
     memory = torch.zeros(8, 9)
-    target = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in source.items()}
+    target = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in source.items()
+    }
     target["last"] = memory[1:5, 2:7]
     target["stepped"] = torch.zeros(3, 2, 4).transpose(0, 2).contiguous().transpose(0, 2)
     held = dict(target)
@@ -138,7 +141,10 @@ def test_containers(round_trip: Way) -> None:
         one = 1.0 if filled else 0.0
         return {
             "a": {"b": {0: torch.full((2,), one), "c": [1, 2] if filled else []}},
-            "list": [torch.full((1,), one), {"deep": (torch.full((3,), one), "x" if filled else "")}],
+            "list": [
+                torch.full((1,), one),
+                {"deep": (torch.full((3,), one), "x" if filled else "")},
+            ],
             "point": Point(torch.full((2,), one), 5 if filled else 0),
             "ordered": OrderedDict(k=torch.full((1,), one), v=None if filled else 0),
             "nothing": {} if filled else None,

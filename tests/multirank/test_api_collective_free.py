@@ -164,7 +164,11 @@ def uneven(path: str) -> list[str]:
     if found["object_of_one"] != ["only", "rank 1"] or found["big_object_of_one"] != "x" * 10_000:
         wrong.append("objects of rank 1")
     kind, text = kind_of(load, path, {"tensor_of_one": torch.zeros(4)})
-    if kind != "manifest_invalid" or "'tensor_of_one'" not in text or "none of them wrote" not in text:
+    if (
+        kind != "manifest_invalid"
+        or "'tensor_of_one'" not in text
+        or "none of them wrote" not in text
+    ):
         wrong.append(f"{kind} {text}")
     return wrong
 
@@ -228,6 +232,32 @@ def items(path: str) -> list[str]:
     if found["x"].tolist() != [0, 1, 2, 3, 4]:
         wrong.append(f"{found}")
     return wrong
+
+
+def rank_local(path: str) -> list[str]:
+    """A storage that keeps metadata by rank, as torch's own does without collectives."""
+    rank, wrong = dist.get_rank(), []
+    value = {"x": torch.full((3,), float(rank)), "o": f"rank {rank}"}
+    save("", value, storage_writer=storages.RankLocalWriter(path))
+    dist.barrier()
+    found: dict[str, Any] = {"x": torch.zeros(3), "o": None}
+    reader = storages.RankLocalReader(path)
+    dcp.load(found, storage_reader=reader, timeout=60)
+    if found["x"].tolist() != [rank] * 3 or found["o"] != f"rank {rank}":
+        wrong.append(f"{found}")
+    if (reader.rank, reader.use_collectives) != (rank, False):
+        wrong.append(f"{reader.__dict__}")
+    dist.barrier()
+    if rank == 1:
+        Path(path, ".metadata1").unlink()
+    kind, text = kind_of(dcp.load, found, storage_reader=storages.RankLocalReader(path))
+    if kind != "rank_failed" or "rank 1" not in text or ".metadata1" not in text:
+        wrong.append(f"{kind} {text}")
+    return wrong
+
+
+def test_metadata_by_rank(ranks: Any, tmp_path: Path) -> None:
+    assert ranks.run(2, rank_local, str(tmp_path / "c")) == [[], []]
 
 
 def test_items_without_collectives(ranks: Any, tmp_path: Path) -> None:

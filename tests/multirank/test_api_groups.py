@@ -38,7 +38,7 @@ def two_groups(path: str) -> list[str]:
     rank, wrong = dist.get_rank(), []
     halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     mine = rank % 2
-    group, name = halves[mine], "even odd".split()[mine]
+    group, name = halves[mine], ["even", "odd"][mine]
     mesh = DeviceMesh.from_group(group, "cpu")
     for turn in range(3):
         if turn == 1 and mine:  # one group is ahead of the other by a save
@@ -159,9 +159,7 @@ def other_coordinators(path: str) -> list[str]:
             found = state(line, "x", False)
             loader = planners.RenameLoadPlanner() if planner else None
             reader = dcp.FileSystemReader(path)
-            dcp.load(
-                found, storage_reader=reader, planner=loader, coordinator_rank=3 - coordinator
-            )
+            dcp.load(found, storage_reader=reader, planner=loader, coordinator_rank=3 - coordinator)
             if not loaded(found, "x"):
                 wrong.append(f"loaded {coordinator}")
             dist.barrier()

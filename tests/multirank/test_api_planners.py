@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dcp_engine as dcp
+from storage_backends.testing.faulty_calls import CallFault, faulty_reader, faulty_writer
 from tests.compat import planners, storages
 from tests.multirank import states
 
@@ -164,7 +165,11 @@ def partial(path: str) -> list[str]:
 
 
 def nested_whole(path: str) -> list[str]:
-    save(path, {"opt": {"lr": 0.5, "t": torch.ones(2)}}, dcp.DefaultSavePlanner(flatten_state_dict=False))
+    save(
+        path,
+        {"opt": {"lr": 0.5, "t": torch.ones(2)}},
+        dcp.DefaultSavePlanner(flatten_state_dict=False),
+    )
     target: dict[str, Any] = {"opt": None}
     load(path, target, dcp.DefaultLoadPlanner(flatten_state_dict=False))
     found = target["opt"]
@@ -215,9 +220,7 @@ def storage(path: str, step: str) -> list[str]:
                 wrong.append("the writer was not told its rank")
             continue
         target = state(False)
-        dcp.load(
-            target, storage_reader=storages.FileReader(place), planner=loader, timeout=60
-        )
+        dcp.load(target, storage_reader=storages.FileReader(place), planner=loader, timeout=60)
         wrong += [f"{name} {what}" for what in differences(target)]
     return wrong
 
@@ -278,3 +281,117 @@ def losing(path: str) -> tuple[str, list[int]]:
 def test_a_writer_that_loses_items_is_named_on_all_ranks(ranks: Any, tmp_path: Path) -> None:
     assert ranks.run(2, losing, str(tmp_path)) == [("results_mismatch", [0, 1])] * 2
     assert not (tmp_path / ".metadata").exists()
+
+
+def save_everything(path: str, way: str) -> None:
+    """Every layout, through items: our writer, or one of other origin."""
+    everything = states.state(dist.get_world_size(), filled=True)
+    del everything["own"]  # PerRank needs the default planner and our own writer
+    writer: Any = (storages.FileWriter if way == "foreign" else dcp.FileSystemWriter)(path)
+    planner = planners.SaveExtraDataPlanner() if way == "items" else None
+    dcp.save(everything, storage_writer=writer, planner=planner, timeout=60)
+
+
+def load_everything(path: str, way: str, turned: bool) -> list[str]:
+    world_size = dist.get_world_size()
+    found = states.state(world_size, filled=False, turned=turned, own=not turned)
+    own = found.pop("own", None)
+    reader: Any = (storages.FileReader if way == "foreign" else dcp.FileSystemReader)(path)
+    planner = planners.ExtraDataLoadPlanner() if way == "items" else None
+    dcp.load(found, storage_reader=reader, planner=planner, timeout=60)
+    if own is None:
+        return states.differences(found, world_size, own=False)
+    rank = dist.get_rank()
+    found["own"] = dcp.PerRank({"seed": rank, "rng": torch.full((4,), rank)})
+    return states.differences(found, world_size)
+
+
+@pytest.mark.parametrize("way", ["items", "foreign"])
+def test_every_layout_by_items(ranks: Any, tmp_path: Path, way: str) -> None:
+    path = str(tmp_path / "c")
+    ranks.run(4, save_everything, path, way)
+    assert ranks.run(4, load_everything, path, way, False) == [[]] * 4
+    assert ranks.run(2, load_everything, path, way, True) == [[]] * 2
+    if way == "items":
+        assert ranks.run(2, load_everything, path, "columns", True) == [[]] * 2
+
+
+class Boom(Exception):
+    """What an injected fault raises."""
+
+
+WRITER_CALLS = [
+    ("reset", 1), ("set_up_storage_writer", 0), ("prepare_local_plan", 1),
+    ("prepare_global_plan", 0), ("write_data", 1), ("write_data", 0), ("finish", 0),
+]  # fmt: skip
+PLANNER_CALLS = [
+    ("set_up_planner", 1), ("create_local_plan", 0), ("create_global_plan", 0),
+    ("finish_plan", 1), ("resolve_data", 1),
+]  # fmt: skip
+READER_CALLS = [
+    ("read_metadata", 1), ("set_up_storage_reader", 0), ("prepare_local_plan", 1),
+    ("prepare_global_plan", 0), ("read_data", 1),
+]  # fmt: skip
+
+
+class FailingPlanner(planners.SaveExtraDataPlanner):
+    """Raises in one method on one rank."""
+
+    def __init__(self, method: str, rank: int) -> None:
+        super().__init__()
+        if dist.get_rank() == rank:
+            setattr(self, method, self._fail)
+
+    def _fail(self, *args: Any, **kwargs: Any) -> Any:
+        raise Boom("injected")
+
+
+def failure(call: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    try:
+        call(*args, timeout=60, **options)
+    except dcp.CheckpointException as error:
+        return [sorted(error.failures), "injected" in str(error)]
+    return []
+
+
+def item_failures(path: str) -> list[str]:
+    rank, wrong = dist.get_rank(), []
+    save(path, state(True), planners.SaveExtraDataPlanner())
+
+    def expect(name: str, failing: int, found: list[Any]) -> None:
+        if found != [[failing], True]:
+            wrong.append(f"{name} on rank {failing}: {found}")
+        dist.barrier()
+        if len(list(Path(path).iterdir())) != 2:
+            left = sorted(str(p.relative_to(path)) for p in Path(path).rglob("*"))
+            wrong.append(f"{name} on rank {failing} leaves {left}")
+        dist.barrier()
+
+    for method, failing in WRITER_CALLS:
+        # An error that is not the engine's would leave a failed commit in doubt.
+        error = dcp.StorageError("injected") if method == "finish" else Boom("injected")
+        fault = CallFault(method=method, error=error, ranks=frozenset([failing]))
+        writer = faulty_writer(dcp.FileSystemWriter(path), [fault], rank=rank)
+        planner = planners.SaveExtraDataPlanner()
+        found = failure(dcp.save, {}, storage_writer=writer, planner=planner)
+        expect(method, failing, found)
+    for method, failing in PLANNER_CALLS:
+        writer = dcp.FileSystemWriter(path)
+        planner = FailingPlanner(method, failing)
+        found = failure(dcp.save, state(True), storage_writer=writer, planner=planner)
+        expect(method, failing, found)
+    for method, failing in READER_CALLS:
+        fault = CallFault(method=method, error=Boom("injected"), ranks=frozenset([failing]))
+        reader = faulty_reader(dcp.FileSystemReader(path), [fault], rank=rank)
+        planner = planners.ExtraDataLoadPlanner()
+        found = failure(dcp.load, state(False), storage_reader=reader, planner=planner)
+        expect(method, failing, found)
+    target = state(False)
+    load(path, target)
+    return wrong + differences(target)
+
+
+def test_every_call_of_the_life_cycle_can_fail(ranks: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    assert ranks.run(2, item_failures, str(path)) == [[], []]
+    assert len(list(path.iterdir())) == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from dcp_engine.errors import InvalidPlanError, UsageError
 from dcp_engine.format.dtypes import info
@@ -174,7 +175,7 @@ def test_what_does_not_fit_is_refused_as_the_reference_does(
     box = value.boxes[0]
     change = data.draw(st.sampled_from(["drop", "shift", "shrink", "shape", "dtype"]))
     if change == "drop":
-        new = dataclasses.replace(value, boxes=(), tensors=())
+        new = structs.replace(value, boxes=(), tensors=())
     elif change in ("shift", "shrink"):
         if not box.sizes:
             return
@@ -188,13 +189,13 @@ def test_what_does_not_fit_is_refused_as_the_reference_does(
         if 0 in sizes:
             return
         changed = Box(offsets=tuple(offsets), sizes=tuple(sizes))
-        new = dataclasses.replace(value, boxes=(changed, *value.boxes[1:]))
+        new = structs.replace(value, boxes=(changed, *value.boxes[1:]))
     elif change == "shape":
         if value.kind is EntryKind.PER_RANK:
             return
-        new = dataclasses.replace(value, shape=(*value.shape, 1), boxes=(), tensors=())
+        new = structs.replace(value, shape=(*value.shape, 1), boxes=(), tensors=())
     else:
-        new = dataclasses.replace(value, dtype=torch.float64)
+        new = structs.replace(value, dtype=torch.float64)
     ranks[rank][at] = new
     try:
         reference.plan(ranks)

@@ -20,7 +20,7 @@ from storage_backends.testing.recording import RecordingByteStore
 from tests.property.bytes_of import raw_of
 from tests.property.forms import Form, Sharded, Whole
 from tests.property.jobs import SharedMemoryStore, load_world, save_job, save_world
-from tests.property.worlds import Entry, World, examples, worlds
+from tests.property.worlds import Entry, World, examples, one_tensor, worlds
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -73,7 +73,7 @@ def object_bytes(manifest: Manifest) -> int:
     return sum(o.nbytes for o in (*manifest.objects.values(), *per_rank) if o.inline is None)
 
 
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(15))
 @given(worlds())
 def test_every_distinct_byte_is_written_once(world: World) -> None:
     """Replicas once, aliases once, boxes that several ranks hold once; nothing between them."""
@@ -195,7 +195,7 @@ def _widened(starts: np.ndarray[Any, Any], itemsize: int, nbytes: int, block_siz
     return sum(min(block_size, nbytes - block * block_size) for block in blocks)
 
 
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(18))
 @given(worlds())
 def test_a_load_reads_the_blocks_it_needs(world: World) -> None:
     store = SharedMemoryStore()
@@ -244,21 +244,7 @@ def _read_by_each(
     savers: int, shape: tuple[int, ...], save: Form, load: Form, **options: Any
 ) -> list[int]:
     loaders = 8
-    entry = Entry(name="t", shape=shape, dtype=torch.float32, save=save, load=load)
-    world = World(
-        savers=savers,
-        loaders=loaders,
-        entries=(entry,),
-        objects=(),
-        own=(),
-        per_rank="skip",
-        save_coordinator=0,
-        load_coordinator=0,
-        first_global=0,
-        threads=1,
-        to_lowest_rank=False,
-        **options,
-    )
+    world = one_tensor(shape, save, load, savers=savers, loaders=loaders, **options)
     store = SharedMemoryStore()
     save_world(world, lambda _: store)
     recorders = Recorders(store, loaders)

@@ -59,7 +59,7 @@ def _digests(data: bytes) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(12))
 @given(worlds())
 def test_two_saves_are_the_same_bytes(world: World) -> None:
     """Ranks are threads here, so messages and writes come in another order every time."""

@@ -243,6 +243,7 @@ class OnePlace(RuleBasedStateMachine):
         reader.close_checkpoint()
         return int(manifest.user_metadata["attempt"])
 
+    @precondition(lambda self: self.committed is None or self.attempts % 4 == 0)
     @rule(content=contents)
     def save_without_collectives(self, content: Content) -> None:
         """Cannot replace a checkpoint, only make one where there is none."""
@@ -273,9 +274,9 @@ class OnePlace(RuleBasedStateMachine):
 
     @precondition(lambda self: self.committed is not None)
     @rule(
-        action=st.integers(0, 4000).map(FlipBit) | st.just(Fail(_io_error())),
-        name=st.sampled_from(["*.safetensors", "*.digests", "manifest*", "*"]),
-        nth=st.integers(1, 4),
+        action=st.sampled_from([*map(FlipBit, [0, 77, 300, 500, 790, 4444]), Fail(_io_error())]),
+        name=st.sampled_from(["*.safetensors", "*.safetensors", "*.digests", "manifest*"]),
+        nth=st.sampled_from([1, 3, 3, 3]),
     )
     def load_from_a_faulty_store(self, action: Action, name: str, nth: int) -> None:
         assert self.committed is not None
@@ -350,14 +351,14 @@ def equal(one: State, other: State) -> bool:
 @pytest.mark.parametrize(
     ("make_store", "runs"),
     [
-        (lambda path: FileSystemStore(f"{path}/c", sync=False), 12),
-        (lambda _: MemoryStore(), 25),
-        (lambda _: ObjectStoreLike(MemoryStore()), 15),
+        (lambda path: FileSystemStore(f"{path}/c", sync=False), 10),
+        (lambda _: MemoryStore(), 18),
+        (lambda _: ObjectStoreLike(MemoryStore()), 10),
     ],
     ids=["filesystem", "memory", "object store"],
 )
 def test_one_place(make_store: Callable[[str], ByteStore], runs: int) -> None:
     run_state_machine_as_test(
         lambda: OnePlace(make_store),
-        settings=settings(max_examples=examples(runs), stateful_step_count=15),
+        settings=settings(max_examples=examples(runs), stateful_step_count=20),
     )

@@ -11,20 +11,38 @@ from hypothesis import strategies as st
 
 from dcp_engine.saver import PlanMemory
 from storage_backends.filesystem_store import FileSystemStore
+from tests.property.forms import Sharded, Whole
 from tests.property.jobs import SharedMemoryStore, load_world, save_world
-from tests.property.worlds import MAX_RANKS, World, examples, worlds
+from tests.property.worlds import MAX_RANKS, World, examples, one_tensor, strided, worlds
 
 # torch says so once, whenever something touches a complex32 tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(45))
 @given(worlds())
 def test_what_was_saved_is_what_is_loaded(world: World) -> None:
     store = SharedMemoryStore()
     save_world(world, lambda _: store)
     _, wrong = load_world(world, lambda _: store)
     assert not wrong
+
+
+@settings(max_examples=examples(10))
+@given(strided(), strided())
+def test_uneven_strided_shards(
+    saved: tuple[tuple[int, ...], Sharded], wanted: tuple[tuple[int, ...], Sharded]
+) -> None:
+    """Each saved on 8 ranks and loaded on one, and the other way round."""
+    whole = Whole(holders=frozenset({0}))
+    worlds = (
+        one_tensor(saved[0], saved[1], whole, savers=MAX_RANKS, loaders=1),
+        one_tensor(wanted[0], whole, wanted[1], savers=1, loaders=MAX_RANKS),
+    )
+    for world in worlds:
+        store = SharedMemoryStore()
+        save_world(world, lambda _, store=store: store)
+        assert not load_world(world, lambda _, store=store: store)[1]
 
 
 @settings(max_examples=examples(15))

@@ -11,7 +11,7 @@ import datetime
 import fractions
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,17 @@ from dcp_engine.format.dtypes import DTYPES
 from tests.property.bytes_of import Memory
 from tests.property.forms import Box, Boxes, Form, Sharded, Whole
 
-__all__ = ["MAX_RANKS", "Entry", "Own", "SavedObject", "World", "examples", "worlds"]
+__all__ = [
+    "MAX_RANKS",
+    "Entry",
+    "Own",
+    "SavedObject",
+    "World",
+    "examples",
+    "one_tensor",
+    "strided",
+    "worlds",
+]
 
 MAX_RANKS = 8
 
@@ -108,7 +118,7 @@ def _sharded(draw: st.DrawFn, shape: tuple[int, ...], ranks: int) -> Sharded:
     mesh: list[int] = []
     room = ranks
     for _ in range(draw(st.integers(1, 3))):
-        mesh.append(draw(st.integers(1, room)))
+        mesh.append(draw(st.sampled_from([n for n in (2, 3, 4, 2, 1, room) if n <= room])))
         room //= mesh[-1]
     members = draw(st.permutations(range(ranks)))[: math.prod(mesh)]
     placement: st.SearchStrategy[Placement] = st.just(Replicate())
@@ -124,23 +134,37 @@ def _sharded(draw: st.DrawFn, shape: tuple[int, ...], ranks: int) -> Sharded:
     )
     if len(mesh) < 2 or not shape or draw(st.booleans()):
         return plain
-    # Mesh dimension i cuts dimension d after j has, as FSDP does over tensor parallelism.
     i, j = sorted(draw(st.permutations(range(len(mesh))))[:2])
-    d = draw(st.integers(0, len(shape) - 1))
+    return _strided(plain, shape, i, j, draw(st.integers(0, len(shape) - 1)))
+
+
+def _strided(plain: Sharded, shape: tuple[int, ...], i: int, j: int, d: int) -> Sharded:
+    """Mesh dimension ``i`` cuts dimension ``d`` after ``j`` has, as FSDP does over tensor
+    parallelism; ``plain`` where that cannot be told from another cut."""
+    mesh, placements = plain.mesh, list(plain.placements)
     for k, other in enumerate(placements):
         if isinstance(other, Shard) and other.dim == d:
             placements[k] = Replicate()
     placements[i], placements[j] = _StridedShard(d, split_factor=mesh[j]), Shard(d)
     order = [k for k in range(len(mesh)) if k != i]
     order.insert(order.index(j) + 1, i)
-    strided = Sharded(
-        mesh=plain.mesh,
-        ranks=plain.ranks,
-        placements=tuple(placements),
-        order=tuple(order),
-        memory=plain.memory,
-    )
+    strided = replace(plain, placements=tuple(placements), order=tuple(order))
     return plain if strided.is_ambiguous(shape) else strided
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], Sharded]:
+    """A shape of uneven sizes, and a strided layout over 8 ranks."""
+    mesh = draw(st.sampled_from([(4, 2), (2, 4), (2, 2, 2), (3, 2)]))
+    shape = (draw(st.integers(1, 40)), draw(st.integers(1, 3)))
+    plain = Sharded(
+        mesh=mesh,
+        ranks=tuple(draw(st.permutations(range(MAX_RANKS)))[: math.prod(mesh)]),
+        placements=(Replicate(),) * len(mesh),
+        order=tuple(range(len(mesh))),
+    )
+    i, j = sorted(draw(st.permutations(range(len(mesh))))[:2])
+    return shape, _strided(plain, shape, i, j, 0)
 
 
 @st.composite
@@ -241,3 +265,25 @@ def worlds(draw: st.DrawFn) -> World:
         threads=draw(st.sampled_from([1, 1, 3])),
         to_lowest_rank=draw(st.booleans()),
     )
+
+
+def one_tensor(
+    shape: tuple[int, ...], save: Form, load: Form, *, savers: int, loaders: int, **changes: Any
+) -> World:
+    """A job with one float32 tensor."""
+    entry = Entry(name="t", shape=shape, dtype=torch.float32, save=save, load=load)
+    plain = World(
+        savers=savers,
+        loaders=loaders,
+        entries=(entry,),
+        objects=(),
+        own=(),
+        per_rank="skip",
+        save_coordinator=0,
+        load_coordinator=0,
+        first_global=0,
+        block_size=512,
+        threads=1,
+        to_lowest_rank=False,
+    )
+    return replace(plain, **changes)

@@ -1,0 +1,108 @@
+"""Saves and loads against the raw floor, torch's DCP, torch.save and safetensors.
+
+All columns of a case run interleaved in one process (or in one set of ranks), with memory kept
+and reused, after a warm-up; medians, spread, wall and processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.io_cases import FLOOR, Case, Setting, one_process, several_ranks
+from benchmarks.io_plot import bar_chart
+from benchmarks.measure import processor_ratio, ratio
+from benchmarks.report import machine, markdown_table, number, write_json
+
+__all__ = ["add_arguments", "main"]
+
+COLUMNS = ("way", "wall ms", "low", "high", "GB/s", "of floor", "CPU ms", "CPU / floor", "counted")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--size", type=int, default=512, help="MiB of state (512)")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (7)")
+    parser.add_argument("--quick", action="store_true", help="64 MiB, 3 rounds")
+    parser.add_argument("--only", choices=("one", "ranks"), help="one process, or several ranks")
+    parser.add_argument("--case", default="", help="only cases whose names hold this")
+    parser.add_argument("--disk", default=None, help="a directory on a disk (a temporary one)")
+    parser.add_argument("--json", default="io.json", help="where to write all numbers")
+    parser.add_argument("--plots", default=None, help="a directory for one SVG a case")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run, print and write the results."""
+    size, rounds = (64, 3) if options.quick else (options.size, options.rounds)
+    about = machine()
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    for package in ("torchsnapshot", "torch_checkpointing"):
+        if importlib.util.find_spec(package) is None:
+            print(f"{package}: not installed, not measured")
+    print(f"state: {size} MiB, {rounds} rounds\n")
+    cases: list[Case] = []
+    with (
+        tempfile.TemporaryDirectory(dir=options.disk) as disk,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
+    ):
+        setting = Setting(size=size << 20, rounds=rounds, disk=disk, memory=memory)
+        for case in _cases(options, setting):
+            if options.case in case.name:
+                cases.append(case)
+                print(f"### {case.name}\n\n{_table(case)}\n", flush=True)
+    if options.plots:
+        _plot(cases, Path(options.plots))
+    content = {"machine": about, "size": size << 20, "rounds": rounds}
+    write_json(options.json, {**content, "cases": [dataclasses.asdict(case) for case in cases]})
+    return 0
+
+
+def _cases(options: argparse.Namespace, setting: Setting) -> Iterable[Case]:
+    if options.only != "ranks":
+        yield from one_process(setting)
+    if options.only != "one":
+        yield from several_ranks(setting)
+
+
+def _table(case: Case) -> str:
+    names = [*case.columns, *(name for name in case.counts if name not in case.columns)]
+    return markdown_table(COLUMNS, [_row(case, name) for name in names])
+
+
+def _row(case: Case, name: str) -> list[str]:
+    counted = "; ".join(f"{k} {number(v)}" for k, v in case.counts.get(name, {}).items())
+    measured = case.columns.get(name)
+    if measured is None:
+        return [name, *[""] * (len(COLUMNS) - 2), counted]
+    if case.tensors > 10_000:
+        each = f"{number(measured.processor.median / case.tensors * 1e6)} us CPU a tensor"
+        counted = "; ".join(filter(None, (each, counted)))
+    floor = FLOOR in case.columns
+    return [
+        name,
+        number(measured.wall.median * 1e3),
+        number(measured.wall.low * 1e3),
+        number(measured.wall.high * 1e3),
+        number(case.nbytes / measured.wall.median / 1e9),
+        number(ratio(case.columns, name, FLOOR)) if floor else "",
+        number(measured.processor.median * 1e3),
+        number(processor_ratio(case.columns, name, FLOOR)) if floor else "",
+        counted,
+    ]
+
+
+def _plot(cases: Iterable[Case], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        bars: dict[str, Any] = {
+            name: case.nbytes / measured.wall.median / 1e9
+            for name, measured in case.columns.items()
+        }
+        if bars:
+            file = "".join(c if c.isalnum() else "-" for c in case.name).strip("-")
+            (directory / f"io-{file}.svg").write_text(bar_chart(case.name, bars, "GB/s"))

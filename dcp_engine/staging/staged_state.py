@@ -1,0 +1,181 @@
+"""A state dict, taken apart for staging and put together again of staged values.
+
+Belongs here: which values are copied to the arena, what stands for them afterwards, and deep
+copies of objects. Does not belong here: copying tensors (``copier``), sending the result to
+another process (``staged_pickle``).
+
+In the result, which saves to the same checkpoint as the original:
+- containers are dicts, lists and tuples, and ``PerRank`` marks lie on leaves;
+- tensors are contiguous views into the arena; a ``DTensor`` that is replicated everywhere is a
+  plain tensor; what else is sharded is a ``StagedShards``;
+- a wrapper subclass is a dict of its parts, named as a save names them;
+- objects are deep copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+
+from dcp_engine.collector import collector_paused
+from dcp_engine.errors import UnsupportedStateError
+from dcp_engine.format.object_codec import decode_object, encode_object
+from dcp_engine.staging.arena_stager import Sources
+from dcp_engine.staging.stand_in import StagedShards
+from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe_leaves
+from dcp_engine.state.flatten import FlatState, Leaf, flatten, resolve_stateful, unflatten
+from dcp_engine.state.per_rank import PerRank
+from dcp_engine.state.values import EntryKind, ObjectValue, TensorValue, Value
+
+__all__ = ["DescribedState", "describe_state"]
+
+_IMMUTABLE = frozenset({int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.Size})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DescribedState:
+    """A state dict, its tensors listed and its objects copied already."""
+
+    sources: Sources
+    """All tensors, to be staged row by row."""
+    _flat: FlatState
+    _leaves: Sequence[tuple[Leaf, Sequence[Value]]]
+    """Their objects are copies."""
+
+    def build(self, staged: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The staged state dict; ``staged[i]`` stands for row ``i`` of ``sources``."""
+        values: dict[str, Any] = {}
+        at = 0
+        for leaf, described in self._leaves:
+            count = sum(len(v.tensors) for v in described if isinstance(v, TensorValue))
+            value = _staged_leaf(leaf, described, staged[at : at + count])
+            at += count
+            values[leaf.fqn] = PerRank(value) if leaf.per_rank else value
+        return unflatten(values, self._flat.mappings, self._flat.containers)
+
+
+@collector_paused()
+def describe_state(
+    state_dict: Mapping[str, Any],
+    *,
+    group: GroupRanks | None = None,
+    flatten_state_dict: bool = True,
+    flatten_sharded_tensors: bool = True,
+) -> DescribedState:
+    """Take ``state_dict`` apart; ``Stateful`` values are asked for their state, objects copied.
+
+    Args:
+        group: the ranks of the save, which meshes must lie in; None leaves that question open.
+        flatten_state_dict, flatten_sharded_tensors: as the planner of the save has them.
+            Without ``flatten_state_dict`` containers are objects, their tensors with them.
+    Raises:
+        UnsupportedStateError: naming the key, for what a save would refuse.
+    """
+    resolved, _ = resolve_stateful(state_dict)
+    flat = flatten(resolved, flatten_state_dict=flatten_state_dict)
+    leaves = [
+        (leaf, [_with_copied_object(value) for value in values])
+        for leaf, values in describe_leaves(
+            flat.leaves,
+            group=group if group is not None else GroupRanks(),
+            flatten_sharded_tensors=flatten_sharded_tensors,
+        )
+    ]
+    tensors = [
+        (value.fqn, tensor)
+        for _, values in leaves
+        for value in values
+        if isinstance(value, TensorValue)
+        for tensor in value.tensors
+    ]
+    return DescribedState(
+        sources=Sources(
+            tensors=[tensor for _, tensor in tensors],
+            names=[name for name, _ in tensors],
+            watched=[
+                (leaf.fqn, leaf.value)
+                for leaf in flat.leaves
+                if isinstance(leaf.value, torch.Tensor) and type(leaf.value) is not torch.Tensor
+            ],
+        ),
+        _flat=flat,
+        _leaves=leaves,
+    )
+
+
+def _with_copied_object(value: Value) -> Value:
+    if isinstance(value, TensorValue):
+        return value
+    return ObjectValue(fqn=value.fqn, kind=value.kind, value=_copied(value.value, value.fqn))
+
+
+def _copied(value: object, fqn: str) -> object:
+    """``value``, sharing nothing that could change.
+
+    What cannot be copied (a tensor with a history, say) may still be storable: then it is what a
+    load would make of it. Raises ``UnsupportedStateError`` for what is neither.
+    """
+    if type(value) in _IMMUTABLE:
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever a __deepcopy__ raises; encode_object says what is wrong
+        encoded = encode_object(value, fqn=fqn)
+    return decode_object(encoded.data, encoded.pickled, fqn=fqn, allow_pickle=True)
+
+
+def _staged_leaf(leaf: Leaf, described: Sequence[Value], staged: Sequence[torch.Tensor]) -> Any:
+    """What stands for ``leaf``; ``staged`` has the tensors of all its values."""
+    if described and described[0].fqn == f"{leaf.fqn}.{FLATTEN_KEY}":
+        # The parts of a wrapper subclass: a dict of them gives the same names.
+        parts = {}
+        for value in described:
+            count = len(value.tensors) if isinstance(value, TensorValue) else 0
+            part = _staged_value(value, staged[:count], None)
+            parts[value.fqn[len(leaf.fqn) + 1 :]] = part
+            staged = staged[count:]
+        return parts
+    if len(described) == 1:
+        return _staged_value(described[0], staged, leaf.value)
+    values = [value for value in described if isinstance(value, TensorValue)]
+    if len(values) < len(described):
+        raise UnsupportedStateError(
+            f"a {type(leaf.value).__qualname__} that is stored partly as bytes cannot be staged",
+            tensor=leaf.fqn,
+        )
+    return _stand_in(leaf.fqn, leaf.value, values, staged)
+
+
+def _staged_value(value: Value, staged: Sequence[torch.Tensor], original: Any) -> Any:
+    if isinstance(value, ObjectValue):
+        return value.value
+    empty = math.prod(value.shape) == 0
+    if value.kind is EntryKind.SHARDED or not (staged or empty):
+        return _stand_in(value.fqn, original, [value], staged)
+    tensor = torch.empty(value.shape, dtype=value.dtype) if empty else staged[0]
+    return tensor.requires_grad_() if value.requires_grad else tensor
+
+
+def _stand_in(
+    fqn: str, original: Any, values: Sequence[TensorValue], staged: Sequence[torch.Tensor]
+) -> StagedShards:
+    parts = []
+    for value in values:
+        count = len(value.tensors)
+        # The mesh means nothing to other processes, and items do not carry it.
+        part = replace(value, tensors=tuple(staged[:count]), layout=None)
+        parts.append((value.fqn.removeprefix(fqn), part))
+        staged = staged[count:]
+    shape: tuple[int, ...] = (0,)
+    dtype, grad = torch.float32, False
+    if values:
+        shape, dtype, grad = values[0].shape, values[0].dtype, values[0].requires_grad
+    elif isinstance(original, torch.Tensor):
+        shape, dtype = tuple(original.shape), original.dtype
+    return StagedShards(shape, dtype, grad, parts)

@@ -1,0 +1,225 @@
+"""The memory of an arena: grown, reused, shared, given back."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcp_engine.errors import StagingError, UsageError
+from dcp_engine.staging import memory, pages
+from dcp_engine.staging.arena import Arena
+from dcp_engine.staging.descriptors import receive_arena, send_arena
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    with Arena() as arena:
+        yield arena
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_one_descriptor_and_no_name_anywhere() -> None:
+    before, names = descriptors(), set(os.listdir("/dev/shm"))
+    arena = Arena()
+    for size in (1, 3 * MIB, 9 * MIB):
+        arena.reserve(size)
+        assert descriptors() == before + 1
+    assert os.readlink(f"/proc/self/fd/{arena.fileno()}").startswith("/memfd:")
+    assert set(os.listdir("/dev/shm")) <= names
+    arena.close()
+    arena.close()
+    assert descriptors() == before
+    assert arena.closed
+
+
+def test_reserving_touches_nothing(arena: Arena) -> None:
+    assert arena.reserve(50 * MIB)
+    assert arena.size >= 50 * MIB
+    assert arena.present() == 0
+
+
+def test_it_grows_only_when_it_must(arena: Arena) -> None:
+    assert arena.reserve(3 * MIB)
+    size = arena.size
+    assert not arena.reserve(size)
+    assert not arena.reserve(1)
+    assert arena.size == size
+    assert arena.reserve(size + 1)
+
+
+def test_views_outlive_growth_and_close(arena: Arena) -> None:
+    arena.reserve(4 * MIB)
+    old = arena.view(128, 4)
+    old.copy_(torch.tensor([1, 2, 3, 4]))
+    arena.reserve(20 * MIB)
+    new = arena.view(128, 4)
+    assert new.tolist() == [1, 2, 3, 4]
+    new[0] = 9  # the same bytes, not a copy
+    assert old[0] == 9
+    arena.close()
+    assert old.tolist() == new.tolist() == [9, 2, 3, 4]
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_touching_keeps_the_content(arena: Arena, threads: int | None) -> None:
+    arena.reserve(130 * MIB)
+    arena.view(5, 1).fill_(7)
+    if threads is None:
+        arena.touch(5 * MIB)
+        assert arena.present() >= 5 * MIB
+        assert arena.present() < 10 * MIB
+    else:
+        with ThreadPoolExecutor(threads) as executor:
+            arena.touch(executor=executor)
+        assert arena.present() >= 130 * MIB
+    assert arena.view(5, 1).item() == 7
+
+
+def test_touching_on_kernels_without_populate(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_madvise", lambda *_: 22)
+    arena.reserve(2 * MIB)
+    arena.view(0, 1).fill_(7)
+    arena.touch()
+    assert arena.present() >= 2 * MIB
+    assert arena.view(0, 2).tolist() == [7, 0]
+
+
+def test_a_kernel_that_refuses_is_heard(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_madvise", lambda *_: 12)
+    arena.reserve(1)
+    with pytest.raises(StagingError, match="Cannot allocate") as info:
+        arena.touch()
+    assert info.value.kind == "out_of_memory"
+
+
+def test_too_little_memory_is_noticed_before_anything_is_touched(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena.reserve(4 * MIB)
+    arena.touch()
+    monkeypatch.setattr(memory, "available_memory", lambda: 100 * MIB)
+    present, size = arena.present(), arena.size
+    with pytest.raises(StagingError, match="host memory") as info:
+        arena.reserve(200 * MIB)
+    assert info.value.kind == "out_of_memory"
+    assert (arena.present(), arena.size) == (present, size)
+    # What is there already is not asked for again.
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    assert not arena.reserve(4 * MIB)
+
+
+def test_bounds(arena: Arena) -> None:
+    arena.reserve(1)
+    for offset, nbytes in ((-1, 1), (0, -1), (arena.size, 1), (1, arena.size)):
+        with pytest.raises(UsageError, match="outside"):
+            arena.view(offset, nbytes)
+    assert arena.view(arena.size, 0).numel() == 0
+
+
+def test_offsets_of_tensors(arena: Arena) -> None:
+    assert arena.offset_of(torch.ones(3)) is None
+    arena.reserve(4096)
+    assert arena.offset_of(arena.view(64, 16).view(torch.float32)[2:]) == 72
+    assert arena.offset_of(torch.ones(3)) is None
+    assert arena.offset_of(torch.ones(3, device="meta")) is None
+
+
+def test_nothing_works_after_close(arena: Arena) -> None:
+    arena.close()
+    for use in (arena.fileno, arena.present, arena.touch, lambda: arena.reserve(1)):
+        with pytest.raises(UsageError, match="closed"):
+            use()
+
+
+def test_nobody_can_shrink_it(arena: Arena) -> None:
+    arena.reserve(4 * MIB)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.fileno(), 4096)
+
+
+def test_sending_and_attaching(arena: Arena) -> None:
+    arena.reserve(3 * MIB)
+    here, there = multiprocessing.Pipe(duplex=True)
+    with here, there:
+        send_arena(here, arena)
+        other = receive_arena(there)
+        here.send("something else")
+        with pytest.raises(UsageError, match="str"):
+            receive_arena(there)
+    with other:
+        assert other.fileno() != arena.fileno()
+        assert other.size == arena.size
+        arena.view(100, 1).fill_(3)
+        assert other.view(100, 1).item() == 3
+        with pytest.raises(UsageError, match="announced"):
+            other.extend(arena.size + 1)
+        arena.reserve(30 * MIB)
+        other.extend(arena.size)
+        arena.view(29 * MIB, 1).fill_(4)
+        assert other.view(29 * MIB, 1).item() == 4
+    assert arena.view(100, 1).item() == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked"),
+    [
+        ("always within_size [advise] never", True),
+        ("always advise [never]", False),
+        ("[always] advise never", False),
+        (None, False),
+    ],
+)
+def test_huge_pages_only_where_granted(
+    arena: Arena,
+    tmp_path: Path,
+    setting: str | None,
+    asked: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(pages, "_madvise", lambda *args: calls.append(args[-1]) or 0)
+    granted = tmp_path / "shmem_enabled"
+    if setting is not None:
+        granted.write_text(setting)
+    arena.reserve(1)
+    calls.clear()
+    with caplog.at_level(logging.DEBUG, "dcp_engine.staging.pages"):
+        assert pages.advise_huge_pages(arena.view(0, arena.size), granted) is asked
+    assert calls == [14] * asked
+    assert "huge pages" in caplog.text
+
+
+def test_pinning_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[str, int]] = []
+    monkeypatch.setattr(pages, "can_pin", lambda: True)
+    monkeypatch.setattr(pages, "pin", lambda m: pinned.append(("pin", m.numel())) or True)
+    monkeypatch.setattr(pages, "unpin", lambda m: pinned.append(("unpin", m.numel())))
+    with Arena(pin=True) as arena:
+        arena.reserve(1)
+        arena.reserve(3 * MIB)
+        assert arena.pinned
+    assert pinned == [
+        ("pin", 2 * MIB),
+        ("unpin", 2 * MIB),
+        ("pin", 4 * MIB),
+        ("unpin", 4 * MIB),
+    ]
+    monkeypatch.setattr(pages, "can_pin", lambda: False)
+    with Arena(pin=True) as arena:
+        arena.reserve(1)
+        assert not arena.pinned
