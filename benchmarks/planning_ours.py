@@ -204,8 +204,8 @@ def _two_saves(
     again = dict(incoming)
     again["agree"] = []
     for message in incoming["agree"]:
-        fingerprint, _, summary = msgspec.msgpack.decode(decode(message, Report).payload)
-        offer = msgspec.msgpack.encode([fingerprint, first["plan_id"], summary])
+        fingerprint, _, *values = msgspec.msgpack.decode(decode(message, Report).payload)
+        offer = msgspec.msgpack.encode([fingerprint, first["plan_id"], *values])
         again["agree"].append(framed("agree", 0, offer))
     second = _save(prepared, world_size, again, memory)
     if "plan" in second["seconds"]:

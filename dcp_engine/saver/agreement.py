@@ -3,12 +3,14 @@
 Steps: ``agree`` (every rank sends some 70 bytes: the fingerprint of its local plan, which plan it
 remembers under it, and a digest of its replicated values), ``plan`` (only if a rank is new to the
 plan: local plans to the coordinator, assignments back), ``compare`` (only if the digests of
-replicated values leave a doubt). A remembered plan is used by a verdict of all ranks on one plan;
+replicated values leave a doubt; where ranks hold different keys, they send a digest for each
+class of keys from then on). A remembered plan is used by a verdict of all ranks on one plan;
 one rank that does not have it makes everybody plan anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,6 +21,11 @@ from dcp_engine.error_context import located
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
 from dcp_engine.planning.fingerprint import Options, fingerprint
 from dcp_engine.planning.global_plan import assignments, make_global_plan
+from dcp_engine.planning.replica_classes import (
+    Classes,
+    same_in_all_classes,
+    summarise_by_class,
+)
 from dcp_engine.planning.replicas import needs_details, summarise
 from dcp_engine.planning.wire import (
     decode_assignment,
@@ -39,6 +46,8 @@ class _Offer(msgspec.Struct, array_like=True):
     fingerprint: bytes
     remembers: bytes
     summary: bytes
+    """Of the replicated values: in one, or by class."""
+    by_class: bool
 
 
 class _Verdict(msgspec.Struct, array_like=True):
@@ -60,10 +69,13 @@ class Agreed:
     """The coordinator's."""
     plan_id: bytes
     fingerprint: bytes
+    classes: Classes | None
+    """How to digest replicated values next time, if ranks hold different keys."""
 
     def remember(self, memory: PlanMemory) -> None:
         """Keep the plan for later saves; called when the save is committed."""
-        memory.ranks.put(self.fingerprint, RankPlan(id=self.plan_id, assignment=self.assignment))
+        plan = RankPlan(id=self.plan_id, assignment=self.assignment, classes=self.classes)
+        memory.ranks.put(self.fingerprint, plan)
         if self.global_plan is not None:
             memory.plans.put(self.plan_id, self.global_plan)
 
@@ -101,11 +113,15 @@ class Agreement:
         """This rank's message in step ``agree``."""
         self._fingerprint = fingerprint(prepared.source.plan, self._options())
         known = self._known = self._memory.ranks.get(self._fingerprint)
+        by_class = None
+        if known is not None and known.classes is not None:
+            by_class = summarise_by_class(prepared.compared, known.classes)
         return msgspec.msgpack.encode(
             _Offer(
                 fingerprint=self._fingerprint,
                 remembers=NO_PLAN if known is None else known.id,
-                summary=summarise(prepared.compared),
+                summary=summarise(prepared.compared) if by_class is None else by_class,
+                by_class=by_class is not None,
             )
         )
 
@@ -120,7 +136,7 @@ class Agreement:
                 _Verdict(
                     save_id=save_id,
                     plan=NO_PLAN if self._global_plan is None else self._id,
-                    compare=needs_details([offer.summary for offer in offers]),
+                    compare=_in_doubt(offers),
                 )
             )
         )
@@ -132,8 +148,9 @@ class Agreement:
             chosen, assignment = verdict.plan, self._known.assignment
         else:
             chosen, assignment = self._plan(prepared)
+        classes = None if self._known is None else self._known.classes
         if verdict.compare:
-            compare_replicas(
+            classes = compare_replicas(
                 self._operation,
                 prepared.compared,
                 strict=self._strict_replicas,
@@ -145,6 +162,7 @@ class Agreement:
             global_plan=self._global_plan,
             plan_id=chosen,
             fingerprint=self._fingerprint,
+            classes=classes,
         )
 
     def _options(self) -> Options:
@@ -178,3 +196,11 @@ class Agreement:
 
     def _located(self) -> AbstractContextManager[None]:
         return located(checkpoint=self._checkpoint, rank=self._operation.rank)
+
+
+def _in_doubt(offers: Sequence[_Offer]) -> bool:
+    """Whether the ranks' tables of digests have to be compared."""
+    summaries = [offer.summary for offer in offers]
+    if all(offer.by_class for offer in offers):
+        return not same_in_all_classes(summaries)
+    return any(offer.by_class for offer in offers) or needs_details(summaries)

@@ -18,6 +18,7 @@ from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.digest import digest_value
 from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.planning.replica_classes import Classes, classify
 from dcp_engine.planning.replicas import compare_details
 from dcp_engine.state.adapters.memory import as_integers
 from dcp_engine.state.values import EntryKind, ObjectValue, Value
@@ -65,8 +66,11 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def compare_replicas(
     operation: Operation, compared: Mapping[str, int], *, strict: bool, checkpoint: str
-) -> None:
+) -> Classes | None:
     """Find out which replicated values differ, and on which ranks; on every rank of the save.
+
+    Returns how this rank may digest the same keys next time, so that one digest for each class
+    of them is enough to tell.
 
     Warns ``ReplicasDifferWarning``, or with ``strict`` raises
     ``InvalidPlanError(kind="replicas_differ")`` on the coordinator, and so on all ranks.
@@ -83,9 +87,13 @@ def compare_replicas(
                 tensor=next(iter(comparison.differing)),
                 hint="make the ranks agree, or wrap rank-local values in PerRank",
             )
-        return Decision(common=msgspec.msgpack.encode(comparison.describe()))
+        classes = classify(tables)
+        return Decision(
+            common=msgspec.msgpack.encode(comparison.describe()),
+            per_rank=None if classes is None else [msgspec.msgpack.encode(own) for own in classes],
+        )
 
-    common, _ = operation.step("compare", lambda: msgspec.msgpack.encode(dict(compared)), decide)
+    common, own = operation.step("compare", lambda: msgspec.msgpack.encode(dict(compared)), decide)
     text = msgspec.msgpack.decode(common, type=str)
     if text:
         warnings.warn(
@@ -94,3 +102,4 @@ def compare_replicas(
             ReplicasDifferWarning,
             stacklevel=2,
         )
+    return msgspec.msgpack.decode(own, type=Classes) if own else None

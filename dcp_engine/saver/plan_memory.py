@@ -14,6 +14,7 @@ import xxhash
 
 from dcp_engine.planning.cache import PlanCache
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
+from dcp_engine.planning.replica_classes import Classes
 
 __all__ = ["NO_PLAN", "PlanMemory", "RankPlan", "plan_id"]
 
@@ -32,6 +33,8 @@ class RankPlan:
 
     id: bytes
     assignment: RankAssignment
+    classes: Classes | None = None
+    """Of this rank's replicated keys, where ranks hold different ones."""
 
 
 class PlanMemory:

@@ -8,7 +8,7 @@ In the result, which saves to the same checkpoint as the original:
 - containers are dicts, lists and tuples, and ``PerRank`` marks lie on leaves;
 - tensors are contiguous views into the arena; a ``DTensor`` that is replicated everywhere is a
   plain tensor; what else is sharded is a ``StagedShards``;
-- a wrapper subclass is a dict of its parts, named as a save names them;
+- a wrapper subclass is an ``OpenedWrapper``, whose inner values are these;
 - objects are deep copies.
 """
 
@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from msgspec.structs import replace
@@ -29,6 +29,7 @@ from dcp_engine.format.object_codec import decode_object, encode_object
 from dcp_engine.staging.arena_stager import Sources
 from dcp_engine.staging.stand_in import StagedShards
 from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe_leaves
+from dcp_engine.state.adapters.wrapper import OpenedWrapper, Wrapper
 from dcp_engine.state.flatten import FlatState, Leaf, flatten, resolve_stateful, unflatten
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.state.values import EntryKind, ObjectValue, TensorValue, Value
@@ -133,14 +134,7 @@ def _copied(value: object, fqn: str) -> object:
 def _staged_leaf(leaf: Leaf, described: Sequence[Value], staged: Sequence[torch.Tensor]) -> Any:
     """What stands for ``leaf``; ``staged`` has the tensors of all its values."""
     if described and described[0].fqn == f"{leaf.fqn}.{FLATTEN_KEY}":
-        # The parts of a wrapper subclass: a dict of them gives the same names.
-        parts = {}
-        for value in described:
-            count = len(value.tensors) if isinstance(value, TensorValue) else 0
-            part = _staged_value(value, staged[:count], None)
-            parts[value.fqn[len(leaf.fqn) + 1 :]] = part
-            staged = staged[count:]
-        return parts
+        return _staged_wrapper(leaf.fqn, _with_staged(described, staged))
     if len(described) == 1:
         return _staged_value(described[0], staged, leaf.value)
     values = [value for value in described if isinstance(value, TensorValue)]
@@ -150,6 +144,37 @@ def _staged_leaf(leaf: Leaf, described: Sequence[Value], staged: Sequence[torch.
             tensor=leaf.fqn,
         )
     return _stand_in(leaf.fqn, leaf.value, values, staged)
+
+
+def _staged_wrapper(fqn: str, values: Mapping[str, tuple[Value, Sequence[torch.Tensor]]]) -> Any:
+    """What stands for the wrapper subclass ``fqn``; ``values`` has its parts by name."""
+    described = cast(ObjectValue, values[f"{fqn}.{FLATTEN_KEY}"][0])
+    description = cast(dict[str, Any], described.value)
+    inner: dict[str, Any] = {}
+    for name in description["attributes"]:
+        below = f"{fqn}.{name}"
+        if f"{below}.{FLATTEN_KEY}" in values:
+            inner[name] = _staged_wrapper(below, values)
+        elif below in values:
+            inner[name] = _staged_value(*values[below], None)
+        else:  # describes itself, under names of its own or not at all on this rank
+            own = [found for key, found in values.items() if key.startswith(below)]
+            tensors = [tensor for _, staged in own for tensor in staged]
+            parts = [value for value, _ in own if isinstance(value, TensorValue)]
+            inner[name] = _stand_in(below, None, parts, tensors)
+    return OpenedWrapper(Wrapper(inner=inner, description=description))
+
+
+def _with_staged(
+    described: Sequence[Value], staged: Sequence[torch.Tensor]
+) -> dict[str, tuple[Value, Sequence[torch.Tensor]]]:
+    result = {}
+    at = 0
+    for value in described:
+        count = len(value.tensors) if isinstance(value, TensorValue) else 0
+        result[value.fqn] = value, staged[at : at + count]
+        at += count
+    return result
 
 
 def _staged_value(value: Value, staged: Sequence[torch.Tensor], original: Any) -> Any:

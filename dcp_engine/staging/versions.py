@@ -46,7 +46,5 @@ class VersionAlarm:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    if tensor.is_inference():
-        return None
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor._version
+        return None if tensor.is_inference() else tensor._version

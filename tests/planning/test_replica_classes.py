@@ -31,9 +31,7 @@ def summaries(tables: list[Table], by: list[Table]) -> list[bytes]:
 
 @given(TABLES)
 def test_they_tell_what_the_comparison_tells(tables: list[Table]) -> None:
-    assert same_in_all_classes(summaries(tables, tables)) == (
-        not compare_details(tables).differing
-    )
+    assert same_in_all_classes(summaries(tables, tables)) == (not compare_details(tables).differing)
 
 
 def test_pipeline_stages_need_few_bytes() -> None:

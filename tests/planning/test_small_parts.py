@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from dcp_engine.errors import UnsupportedStateError, UsageError
 from dcp_engine.planning.arrays import segment_positions, segment_starts, stable_order
@@ -133,7 +134,7 @@ def on_mesh(fqn: str, rank: int, placements: tuple[str, ...]) -> TensorValue:
     cuts = [0 if p == "S(0)" else None for p in placements]
     value = sharded(fqn, (6,), rank, [2, 3], cuts)
     layout = MeshLayout(mesh_shape=(2, 3), ranks=tuple(range(6)), placements=placements)
-    return dataclasses.replace(value, layout=layout)
+    return structs.replace(value, layout=layout)
 
 
 def writes(value: TensorValue, rank: int) -> bool:
@@ -170,11 +171,11 @@ def test_without_talking_plain_tensors_are_rank_zeros_and_objects_everybodys() -
 
 
 def test_what_cannot_be_stored_is_refused_by_name() -> None:
-    quantized = dataclasses.replace(replicated("q", (2,)), dtype=torch.qint8)
+    quantized = structs.replace(replicated("q", (2,)), dtype=torch.qint8)
     with pytest.raises(UnsupportedStateError) as caught:
         source([quantized], 3)
     assert (caught.value.tensor, caught.value.rank) == ("q", 3)
-    huge = dataclasses.replace(
+    huge = structs.replace(
         replicated("h", (2,)), shape=(1 << 40, 1 << 30), boxes=(), tensors=()
     )
     with pytest.raises(UnsupportedStateError, match="2\\^60"):

@@ -47,6 +47,8 @@ class Leaf:
     """The leaf whose very tensor this is."""
     ranks: frozenset[int] | None = None
     """Only these hold it."""
+    differs: bool = False
+    """An object that is another one on each rank."""
     longer_on: int | None = None
     """An own tensor has one element more there."""
 
@@ -190,7 +192,7 @@ def _value(
     lay: Callable[[torch.Tensor], torch.Tensor],
 ) -> Any:
     if leaf.kind == "object":
-        return f"{path} {epoch}"
+        return f"{path} {epoch}" + (f" on {rank}" if leaf.differs else "")
     if leaf.kind == "own object":
         return f"{path} {epoch} of {rank}"
     if leaf.kind == "own":

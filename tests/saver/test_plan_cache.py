@@ -12,6 +12,7 @@ import torch
 
 import dcp_engine.saver.agreement as agreement
 from dcp_engine import CheckpointException, Engine, FileSystemReader, FileSystemWriter
+from dcp_engine.saver.compare import ReplicasDifferWarning
 from storage_backends.testing.faulty_calls import CallFault
 from tests.saver.plan_jobs import Job, Leaf, Spec, base
 
@@ -130,10 +131,10 @@ def test_a_change_on_one_rank_is_noticed_on_all(what: str) -> None:
     assert job.save(base()) == [PLANNED] * 2
     assert without_compare(job.save(other, epoch=1)) == [PLANNED] * 2
     assert job.wrong(other, epoch=1) == []
-    assert without_compare(job.save(other, epoch=2)) == [REUSED] * 2
+    assert job.save(other, epoch=2) == [REUSED] * 2
     assert job.wrong(other, epoch=2) == []
     # One rank offers what it offered last time, but then to another plan.
-    assert job.save(base(), epoch=3) == [PLANNED] * 2
+    assert without_compare(job.save(base(), epoch=3)) == [PLANNED] * 2
     assert job.wrong(base(), epoch=3) == []
 
 
@@ -217,6 +218,41 @@ def test_a_coordinator_without_the_global_plan_plans_anew() -> None:
     job.memory(0).plans.clear()
     assert job.save(base(), epoch=1) == [PLANNED] * 2
     assert job.wrong(base(), epoch=1) == []
+
+
+def stages(**more: Leaf) -> Spec:
+    """Two pipeline stages with keys of their own, and keys that both have."""
+    return {
+        "stage0/norm": Leaf(kind="whole", shape=(4,), ranks=frozenset({0})),
+        "stage1/norm": Leaf(kind="whole", shape=(3,), ranks=frozenset({1})),
+        "embedding": Leaf(kind="whole", shape=(5,)),
+        "step": Leaf(kind="object"),
+        **more,
+    }
+
+
+def test_pipeline_stages_compare_their_values_by_class() -> None:
+    job = Job()
+    assert job.save(stages()) == [["agree", "plan", "compare", "write"]] * 2
+    for epoch in (1, 2):
+        assert job.save(stages(), epoch=epoch) == [REUSED] * 2
+        assert job.wrong(stages(), epoch=epoch) == []
+    # After another plan, with other keys, nothing that is known of these keys counts.
+    more = stages(bias=Leaf(kind="whole", shape=(2,)))
+    assert job.save(more, epoch=3) == [["agree", "plan", "compare", "write"]] * 2
+    assert job.save(stages(), epoch=4) == [REUSED] * 2
+    assert job.save(more, epoch=5) == [REUSED] * 2
+    assert job.wrong(more, epoch=5) == []
+
+
+def test_a_difference_between_pipeline_stages_is_seen_every_time() -> None:
+    job = Job()
+    apart = stages(seed=Leaf(kind="object", differs=True))
+    for epoch in range(3):
+        with pytest.warns(ReplicasDifferWarning, match="'seed'"):
+            phases = job.save(apart, epoch=epoch)
+        assert phases[0][-2:] == ["compare", "write"]
+    assert job.save(stages(seed=Leaf(kind="object")), epoch=3) == [REUSED] * 2
 
 
 FAULTS = [("begin_save", 1), ("write_columns", 0), ("write_columns", 1), ("commit_columns", 0)]

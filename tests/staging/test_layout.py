@@ -131,6 +131,8 @@ def test_layouts_of_the_same_structure_are_equal_in_any_process() -> None:
         assert layout.fingerprint() != make_layout(other).fingerprint()
 
 
+# Torch itself says that they will be gone.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_refusals() -> None:
     complex_ = torch.ones(2, dtype=torch.complex64)
     for view in (complex_.conj(), complex_.conj().imag):

@@ -1,4 +1,4 @@
-"""State dicts staged whole: every kind of value, independent of the original, the same checkpoint."""
+"""State dicts staged whole: every kind of value, nothing shared, the same checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dcp_engine.plan import WriteItemType
 from dcp_engine.planning.items import value_items
 from dcp_engine.staging.stagers import DefaultStager
 from dcp_engine.staging.stand_in import StagedShards
-from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe_leaves
+from dcp_engine.state.adapters import GroupRanks, describe_leaves
+from dcp_engine.state.adapters.wrapper import OpenedWrapper
 from dcp_engine.state.flatten import flatten, resolve_stateful
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.state.values import TensorValue, Value
@@ -53,7 +54,12 @@ def content(value: Value) -> Any:
 
 
 def contents(state: Any) -> dict[str, Any]:
-    return {name: content(value) for name, value in described(state).items()}
+    """Without tensors that lie on other ranks only: a stand-in says nothing of those."""
+    return {
+        name: content(value)
+        for name, value in described(state).items()
+        if not isinstance(value, TensorValue) or value.boxes or 0 in value.shape
+    }
 
 
 def items(state: Any) -> list[Any]:
@@ -153,7 +159,7 @@ def test_the_nesting_stays(stager: DefaultStager) -> None:
     assert staged["numbers"][1] == {"lr": 0.1, "betas": (0.9, 0.95)}
     assert staged["own"]["step"] == PerRank(5)
     assert staged["nothing"] == {}
-    assert list(staged["wrapper"]) == [FLATTEN_KEY, "data_", "scale"]
+    assert isinstance(staged["wrapper"], OpenedWrapper)
     assert type(staged["replicated"]) is torch.Tensor
     assert staged["parameter"].requires_grad
 
@@ -224,13 +230,16 @@ def test_the_checkpoint_is_the_same(stager: DefaultStager, tmp_path: Path) -> No
     staged = stager.begin(state())
     with dcp.Engine() as engine:
         metas = [
-            engine.save(values, checkpoint_id=str(tmp_path / name))
+            engine.save(values, storage_writer=dcp.FileSystemWriter(tmp_path / name))
             for name, values in (("live", state()), ("staged", staged.state_dict))
         ]
     assert dict(metas[0].state_dict_metadata) == dict(metas[1].state_dict_metadata)
     assert metas[0].planner_data == metas[1].planner_data
     data = [
-        sorted((path.name, path.read_bytes()[-400:]) for path in (tmp_path / name).rglob("rank*"))
+        sorted(
+            (path.name, path.read_bytes()[4096:])
+            for path in (tmp_path / name).rglob("*.safetensors")
+        )
         for name in ("live", "staged")
     ]
     assert data[0] == data[1]

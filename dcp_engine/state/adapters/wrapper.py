@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["FLATTEN_KEY", "Wrapper", "is_wrapper", "open_wrapper"]
+from dcp_engine.errors import UsageError
+
+__all__ = ["FLATTEN_KEY", "OpenedWrapper", "Wrapper", "is_wrapper", "open_wrapper"]
 
 FLATTEN_KEY = "__tensor_flatten__"
 
@@ -28,10 +30,46 @@ class Wrapper:
     kind of thing, in any process. Symbolic sizes, which differ by process, are None."""
 
 
+class OpenedWrapper(torch.Tensor):
+    """Stands for a wrapper that was taken apart and whose inner values are now other ones (copies
+    of them): described as the original would be, whose class need not be able to hold them.
+
+    A tensor by type, shape and dtype; it has no operations.
+    """
+
+    wrapper: Wrapper
+
+    # No operation can mean anything here; without this, torch would try.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, wrapper: Wrapper) -> OpenedWrapper:
+        """Make one. Sizes that are not known (symbolic ones) count as 0."""
+        shape = tuple(n or 0 for n in wrapper.description["shape"])
+        made: OpenedWrapper = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=wrapper.description["dtype"], device=torch.device("cpu")
+        )
+        made.wrapper = wrapper
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse: only the inner values have content."""
+        raise UsageError(f"{func} was called on a tensor subclass that was taken apart")
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OpenedWrapper, (self.wrapper,)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"OpenedWrapper({self.wrapper!r})"
+
+
 def is_wrapper(value: Any) -> bool:
-    """Does ``value`` follow the ``__tensor_flatten__`` protocol?"""
+    """Does ``value`` follow the ``__tensor_flatten__`` protocol, or stand for one that did?"""
     cls = type(value)
-    return (
+    return cls is OpenedWrapper or (
         isinstance(value, torch.Tensor)
         and hasattr(cls, "__tensor_flatten__")
         and hasattr(cls, "__tensor_unflatten__")
@@ -40,6 +78,8 @@ def is_wrapper(value: Any) -> bool:
 
 def open_wrapper(value: Any) -> Wrapper:
     """Take ``value`` apart."""
+    if isinstance(value, OpenedWrapper):
+        return value.wrapper
     attributes, context = value.__tensor_flatten__()
     cls = type(value)
     return Wrapper(
