@@ -229,7 +229,8 @@ def several_ranks(setting: Setting) -> Iterator[Case]:
     with Ranks(2, setting.size, threads=1) as two:
         for way, path in saved.items():
             two.run("rows", way, "save", path)
-        yield _resharded("load resharded, rows of 2 to columns of 2", "columns", two, setting, saved)
+        name = "load resharded, rows of 2 to columns of 2"
+        yield _resharded(name, "columns", two, setting, saved)
     with Ranks(4, setting.size, threads=1) as four:
         yield _resharded("load resharded, rows of 2 to rows of 4", "rows", four, setting, saved)
         yield _resharded("load resharded, rows of 2 to 2 x 2", "2-D", four, setting, saved)

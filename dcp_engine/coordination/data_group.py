@@ -34,6 +34,7 @@ _NO_LIMIT = timedelta(days=30)
 _AT_ONCE = timedelta(milliseconds=1)
 _LOOK_S = 0.02
 """Seconds between two looks at ``check`` while waiting."""
+_LEAVE_LIMIT_S = 5.0
 _ABORT_TAG = 1 << 30
 
 
@@ -60,14 +61,21 @@ class DataGroup:
         self._waits: queue.SimpleQueue[tuple[list[Transfer], Future[None]] | None] = (
             queue.SimpleQueue()
         )
-        self._open: dict[Future[None], None] = {}
+        self._unfinished: dict[int, Transfer] = {}
+        """By the identity of their work. Memory that gloo may still write to has to live until
+        the connections are closed, whatever became of the caller."""
+        self._watched: dict[Future[None], list[Transfer]] = {}
         self._group: Any = None
         self._thread = threading.Thread(
             target=self._run, args=(store,), name="dcp_engine-data", daemon=True
         )
         self._connected: Future[None] = Future()
         self._thread.start()
-        self._await(self._connected)
+        try:
+            self._await(self._connected)
+        except BaseException:
+            self._waits.put(None)  # the thread ends when its attempt does
+            raise
 
     def send(self, tensor: torch.Tensor, to: int, tag: int) -> Transfer:
         """Begin to send a contiguous CPU tensor; its memory must stay as it is until waited for."""
@@ -80,7 +88,7 @@ class DataGroup:
     def watch(self, transfers: list[Transfer]) -> Future[None]:
         """What ``finish`` waits for."""
         done: Future[None] = Future()
-        self._open[done] = None
+        self._watched[done] = transfers
         self._waits.put((transfers, done))
         return done
 
@@ -91,16 +99,20 @@ class DataGroup:
             CoordinationError: kind ``rank_failed``: the connection to a rank broke.
         """
         self._await(done)
-        self._open.pop(done, None)
+        for transfer in self._watched.pop(done, []):
+            self._unfinished.pop(id(transfer.work), None)
 
     def close(self) -> None:
         """Let go of the connections; transfers under way are broken off. May be called twice."""
         group, self._group = self._group, None
-        if group is not None and self._open:
+        if group is None:
+            return
+        if self._unfinished:
             _break_off(group, self.rank, self.world_size)
-        self._open.clear()
         self._waits.put(None)
-        self._thread.join(_CONNECT_LIMIT.total_seconds() if group is None else 5.0)
+        self._thread.join(_LEAVE_LIMIT_S)
+        self._watched.clear()
+        self._unfinished.clear()
 
     def __enter__(self) -> DataGroup:
         return self
@@ -118,11 +130,14 @@ class DataGroup:
             work = getattr(self._group, call)([tensor], peer, tag)
         except RuntimeError as error:
             raise _broken(peer, error) from error
-        return Transfer(work, tensor, peer)
+        transfer = self._unfinished[id(work)] = Transfer(work, tensor, peer)
+        return transfer
 
     def _await(self, done: Future[None]) -> None:
         while not wait([done], timeout=_LOOK_S).done:
             self._check()
+        if done.exception() is not None:
+            self._check()  # whoever left may have said why
         done.result()
 
     def _run(self, store: Any) -> None:
@@ -158,8 +173,8 @@ def _wait_for(transfer: Transfer) -> None:
 
 
 def _break_off(group: Any, rank: int, world_size: int) -> None:
-    """Close the connections by what closes them: a wait that times out. Waits on the helper's
-    thread then end, and what they hold is released."""
+    """Close the connections by what closes them: a wait that times out. The helper's waits then
+    end."""
     for peer in range(world_size):
         if peer == rank:
             continue

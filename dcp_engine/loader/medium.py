@@ -61,12 +61,12 @@ def worth_handing_on(places: Sequence[RankPlace]) -> bool:
     """Whether to read once what several ranks need, or let each rank read it for itself.
 
     Ranks of one host share its page cache: the second one that reads a block gets it from memory,
-    at 6 to 13 GB/s with its digest checked, while a block that is handed on over loopback goes
-    twice through a socket. Measured with ``python -m benchmarks shared_reads`` (2 cores, 256 MiB
-    replicated, warm): direct is WARM2 times as fast on 2 ranks and WARM4 times on 4. A medium
+    digest checked, at 2 GB/s and more for each rank, while a block that is handed on over
+    loopback goes through a socket. Measured with ``python -m benchmarks shared_reads`` (2 cores,
+    128 MiB replicated, warm): direct is 3.1 times as fast on 2 ranks and 3.7 times on 4. A medium
     that lies behind a network, or that several hosts read, delivers every copy anew: at 200 MB/s
-    for the whole medium (throttled in the same benchmark), reading once is SLOW2 and SLOW4 times
-    as fast.
+    for all ranks together (throttled in the same benchmark), reading once is 1.7 and 2.4 times as
+    fast.
     """
     if not 1 < len(places) <= MAX_RANKS:
         return False

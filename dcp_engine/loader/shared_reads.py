@@ -115,7 +115,7 @@ class _Exchange:
         end = sum(aligned(self._slabs.nbytes_of(slab)) for slab in slabs)
         packed = end
         for to, pieces in self._messages(slabs):
-            if len(pieces) == len(slabs) and all(piece.whole for piece in pieces):
+            if _is_all_of(slabs, pieces):
                 transfers.append(self._group.send(own[:end], to, number))
                 continue
             nbytes = sum(self._leaving(piece) for piece in pieces)
@@ -180,7 +180,7 @@ class _Exchange:
         total = sum(aligned(self._slabs.nbytes_of(slab)) for slab in slabs)
         total += sum(self._arriving(row) for row in rows)
         for _, pieces in self._messages(slabs):
-            if len(pieces) != len(slabs) or not all(piece.whole for piece in pieces):
+            if not _is_all_of(slabs, pieces):
                 total += sum(self._leaving(piece) for piece in pieces)
         return total
 
@@ -190,3 +190,8 @@ class _Travelling(NamedTuple):
 
     done: Future[None]
     arrivals: list[tuple[range, torch.Tensor]]
+
+
+def _is_all_of(slabs: range, pieces: list[Piece]) -> bool:
+    """Whether a message is the slabs as they lie in memory, so that nothing needs packing."""
+    return [piece.slab for piece in pieces] == list(slabs) and all(p.whole for p in pieces)

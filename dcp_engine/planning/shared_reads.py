@@ -41,6 +41,8 @@ MAX_EXCESS = 1.02
 on."""
 MAX_GAP = 64 << 10
 """Up to so many bytes between its runs, a strided box is read with what lies between them."""
+SLABS_PER_RANK = 4
+"""At least about so many where there are blocks enough, for balance."""
 MAX_PAIRS = 1 << 24
 """Segments times the ranks that need them: beyond, planning would cost more than it saves
 (seconds, and a gigabyte on the coordinator), and every rank reads for itself."""
@@ -124,7 +126,9 @@ def plan_shared_reads(
     Args:
         interests: by rank.
         block_size: bytes of a digest block; slabs begin and end at multiples of it.
-        slab_bytes: the most bytes of a slab, a multiple of ``block_size``.
+        slab_bytes: the most bytes of a slab, a multiple of ``block_size``; a rank reads at most
+            twice as much in a round. Where there is little to read, slabs are smaller, so that
+            each rank gets its part.
     """
     every = _Table.of(interests)
     table = _several(every, block_size)
@@ -132,7 +136,10 @@ def plan_shared_reads(
     shared = _worth_sharing(table, spans)
     table, spans = table.take(shared), spans.take(shared)
     loads = _needed(every, len(interests)) - _needed(table, len(interests))
-    slabs = _Slabs.of(table, spans, slab_bytes, loads)
+    slab_bytes = max(block_size, slab_bytes // _most_rows(table) // block_size * block_size)
+    fair = int(spans.end.max(initial=0)) // (SLABS_PER_RANK * max(len(interests), 1))
+    cut = min(slab_bytes, (fair // block_size + 1) * block_size)
+    slabs = _Slabs.of(table, spans, cut, slab_bytes, loads)
     division = _Division(table, slabs, len(interests))
     return [division.of(rank, one.chunk_sizes.shape[1]) for rank, one in enumerate(interests)]
 
@@ -190,6 +197,13 @@ def _needed(table: _Table, world_size: int) -> F64:
     """(N,) bytes that each rank needs."""
     nbytes = row_products(table.lengths) * table.itemsize
     return np.bincount(table.rank, nbytes, world_size).astype(np.float64)
+
+
+def _most_rows(table: _Table) -> int:
+    """The most boxes that one rank wants of one chunk: it gets a slab once for each, at worst."""
+    new = np.ones(len(table.rank), np.bool_)
+    new[1:] = (np.diff(table.chunk) != 0) | (np.diff(table.rank) != 0)
+    return int(np.bincount(np.cumsum(new)).max(initial=1))
 
 
 def _several(table: _Table, block_size: int) -> _Table:
@@ -299,18 +313,19 @@ class _Slabs:
     """(P,) row of the table."""
 
     @staticmethod
-    def of(table: _Table, spans: _Spans, slab_bytes: int, loads: F64) -> _Slabs:
-        """``loads``: (N,) bytes that each rank reads besides."""
+    def of(table: _Table, spans: _Spans, cut: int, round_bytes: int, loads: F64) -> _Slabs:
+        """Slabs of at most ``cut`` bytes; a rank begins no slab in a round in which it has read
+        ``round_bytes``. ``loads``: (N,) bytes that each rank reads besides."""
         cuts = np.unique(np.concatenate([spans.begin, spans.end]))
         low, high = np.searchsorted(cuts, spans.begin), np.searchsorted(cuts, spans.end)
-        steps = -(-np.diff(cuts, append=cuts[-1:]) // slab_bytes)
+        steps = -(-np.diff(cuts, append=cuts[-1:]) // cut)
         before = np.concatenate(([0], np.cumsum(steps)))
         first, last = before[low], before[high]
         if int((last - first).sum()) > MAX_PAIRS:
             return _Slabs(**{f.name: np.zeros(0, np.int64) for f in fields(_Slabs)})
         # Slabs of the whole line, those in between chunks too, which no row asks for.
-        at = np.repeat(cuts, steps) + segment_positions(steps) * slab_bytes
-        stop = np.minimum(at + slab_bytes, np.repeat(np.append(cuts[1:], cuts[-1:]), steps))
+        at = np.repeat(cuts, steps) + segment_positions(steps) * cut
+        stop = np.minimum(at + cut, np.repeat(np.append(cuts[1:], cuts[-1:]), steps))
         counts = last - first
         row = np.repeat(np.arange(len(low), dtype=np.int64), counts)
         slab = np.repeat(first, counts) + segment_positions(counts)
@@ -326,7 +341,7 @@ class _Slabs:
             begin=begin - base,
             end=end - base,
             reader=reader,
-            round=_rounds(reader, np.where(alone, 0, end - begin), alone, slab_bytes),
+            round=_rounds(reader, np.where(alone, 0, end - begin), alone, round_bytes),
             piece_slab=number,
             piece_row=row,
         )
@@ -389,15 +404,15 @@ def _filled(loads: F64, total: float) -> F64:
     return np.maximum(level - loads, 0.0)
 
 
-def _rounds(reader: I64, nbytes: I64, alone: Bool, slab_bytes: int) -> I64:
-    """In which round each slab is read: a rank's slabs in order, at most two slabs' size each."""
+def _rounds(reader: I64, nbytes: I64, alone: Bool, round_bytes: int) -> I64:
+    """In which round each slab is read: a rank's slabs in order, by where they begin."""
     order = np.argsort(reader, kind="stable")
     ends = np.cumsum(nbytes[order])
     begins = ends - nbytes[order]
     first = np.flatnonzero(np.diff(reader[order], prepend=-1))
     own = np.repeat(begins[first], np.diff(np.append(first, len(reader))))
     rounds = np.empty(len(reader), np.int64)
-    rounds[order] = (begins - own) // slab_bytes
+    rounds[order] = (begins - own) // round_bytes
     return np.where(alone, ALONE, rounds)
 
 

@@ -97,13 +97,18 @@ class Arena:
         """
         self._check_open()
         size = -(-nbytes // _GRAIN) * _GRAIN
-        require_memory(nbytes - self.present())
+        self._require(nbytes)
         if size <= self.size:
             return False
         if size > os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, size)
         self._map(size)
         return True
+
+    def _require(self, nbytes: int) -> None:
+        missing = nbytes - self.present()
+        if missing > _GRAIN:  # less is gaps between tensors, which nobody will ever touch
+            require_memory(missing)
 
     def extend(self, size: int) -> None:
         """Map the first ``size`` bytes of a memfd that its owner has grown."""
@@ -147,7 +152,7 @@ class Arena:
         """
         self._check_open()
         end = self.size if nbytes is None else min(nbytes, self.size)
-        require_memory(end - self.present())
+        self._require(end)
         sizes = [min(_TOUCH_SLICE, end - at) for at in range(0, end, _TOUCH_SLICE)]
         run = map if executor is None else executor.map
         list(run(pages.populate, self._base[:end].split_with_sizes(sizes)))

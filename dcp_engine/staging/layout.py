@@ -68,18 +68,22 @@ class ArenaLayout:
 
     def views(self, arena: Arena) -> list[torch.Tensor]:
         """The staged tensors: contiguous views into ``arena``, in any process that maps it."""
+        whole = arena.view(0, self.size)  # refuses an arena that is too small
+        if self.size:
+            whole = arena.view(0, arena.size)
+        typed = {code: whole.view(info(code).dtype) for code in np.unique(self.dtypes).tolist()}
         result = []
         at = 0
-        for offset, nbytes, code, ndim in zip(
-            self.offsets.tolist(),
-            self.nbytes.tolist(),
-            self.dtypes.tolist(),
-            self.ndims.tolist(),
-            strict=True,
+        shapes = self.shapes.tolist()
+        for offset, code, ndim in zip(
+            self.offsets.tolist(), self.dtypes.tolist(), self.ndims.tolist(), strict=True
         ):
-            shape = self.shapes[at : at + ndim].tolist()
+            shape = shapes[at : at + ndim]
             at += ndim
-            result.append(arena.view(offset, nbytes).view(info(code).dtype).view(shape))
+            elements = typed[code]
+            # One call; narrow, view as a dtype and view in a shape would be three.
+            begin = offset // elements.element_size()
+            result.append(elements.as_strided(shape, _contiguous(shape), begin))
         return result
 
 
@@ -122,6 +126,14 @@ def make_layout(tensors: Sequence[torch.Tensor]) -> ArenaLayout:
         distinct=distinct,
         size=end,
     )
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
+    return strides
 
 
 def _memory(tensor: torch.Tensor, nbytes: int) -> Hashable:

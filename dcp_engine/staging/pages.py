@@ -20,6 +20,7 @@ __all__ = ["advise_huge_pages", "can_pin", "pin", "populate", "unpin"]
 
 logger = logging.getLogger(__name__)
 
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for all devices, not only the current one
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _GRANTED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -75,7 +76,7 @@ def pin(memory: torch.Tensor) -> bool:
 
     Returns whether that worked; a refusal is logged, for copies work without it, only slower.
     """
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))  # type: ignore[attr-defined,no-untyped-call,unused-ignore]
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))  # type: ignore[attr-defined,no-untyped-call,unused-ignore]
     if code:
         logger.warning(
             "cudaHostRegister refused %d bytes of staging memory (error %d)", memory.numel(), code

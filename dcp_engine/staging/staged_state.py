@@ -28,6 +28,7 @@ from dcp_engine.errors import UnsupportedStateError
 from dcp_engine.format.object_codec import decode_object, encode_object
 from dcp_engine.staging.arena_stager import Sources
 from dcp_engine.staging.stand_in import StagedShards
+from dcp_engine.staging.versions import outer_tensors
 from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe_leaves
 from dcp_engine.state.adapters.wrapper import OpenedWrapper, Wrapper
 from dcp_engine.state.flatten import FlatState, Leaf, flatten, resolve_stateful, unflatten
@@ -49,6 +50,7 @@ class DescribedState:
     _leaves: Sequence[tuple[Leaf, Sequence[Value]]]
     """Their objects are copies."""
 
+    @collector_paused()
     def build(self, staged: Sequence[torch.Tensor]) -> dict[str, Any]:
         """The staged state dict; ``staged[i]`` stands for row ``i`` of ``sources``."""
         values: dict[str, Any] = {}
@@ -99,11 +101,7 @@ def describe_state(
         sources=Sources(
             tensors=[tensor for _, tensor in tensors],
             names=[name for name, _ in tensors],
-            watched=[
-                (leaf.fqn, leaf.value)
-                for leaf in flat.leaves
-                if isinstance(leaf.value, torch.Tensor) and type(leaf.value) is not torch.Tensor
-            ],
+            watched=outer_tensors(flat.leaves),
         ),
         _flat=flat,
         _leaves=leaves,

@@ -167,8 +167,9 @@ class DefaultStager(AsyncStager):
         """
         if self._last is not None:
             self._last.release()
+        background = kwargs.setdefault("background", self.config.use_async_staging)
         self._last = staged = self.begin(state_dict, **kwargs)
-        if not self.config.use_async_staging:
+        if not background:
             return staged.state_dict
         result: Future[STATE_DICT_TYPE] = Future()
         result.set_running_or_notify_cancel()

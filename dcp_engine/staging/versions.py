@@ -12,8 +12,19 @@ from collections.abc import Iterable
 import torch
 
 from dcp_engine.errors import StagingError
+from dcp_engine.state.flatten import Leaf
 
-__all__ = ["VersionAlarm"]
+__all__ = ["VersionAlarm", "outer_tensors"]
+
+
+def outer_tensors(leaves: Iterable[Leaf]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a state dict whose counters are not those of what is copied: sharded tensors
+    and wrapper subclasses."""
+    return [
+        (leaf.fqn, leaf.value)
+        for leaf in leaves
+        if isinstance(leaf.value, torch.Tensor) and type(leaf.value) is not torch.Tensor
+    ]
 
 
 class VersionAlarm:

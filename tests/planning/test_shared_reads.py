@@ -130,6 +130,27 @@ class Job:
         for counts in self.read.values():
             assert set(counts.values()) == {1}
 
+    def most_memory(self) -> int:
+        """The most bytes that a rank reads, packs and receives in a round."""
+        most = 0
+        for share in self.shares:
+            held = Counter[int]()
+            for k, begin, end in zip(
+                share.slab_round, share.slab_begin, share.slab_end, strict=True
+            ):
+                held[int(k)] += int(end - begin)
+            for k, begin, end in zip(
+                share.receive_round, share.receive_begin, share.receive_end, strict=True
+            ):
+                held[int(k)] += int(end - begin)
+            for slab, to in zip(share.send_slab, share.send_to, strict=True):
+                if to != self.shares.index(share):
+                    k = int(share.slab_round[slab])
+                    held[k] += int(share.slab_end[slab] - share.slab_begin[slab])
+            held.pop(ALONE, None)
+            most = max([most, *held.values()])
+        return most
+
     def most_in_a_round(self) -> int:
         most = 0
         for share in self.shares:
@@ -166,6 +187,9 @@ def jobs(draw: st.DrawFn) -> Job:
 def test_every_wanted_element_arrives_once_and_every_byte_is_read_once(job: Job) -> None:
     job.run()
     assert job.most_in_a_round() <= 2 * job.slab_bytes
+    # What slab_bytes_for reckons with; a block is the least there is.
+    if job.slab_bytes >= 2 * BLOCK:
+        assert job.most_memory() <= 2 * job.slab_bytes * (2 * len(job.wants) + 1)
 
 
 @settings(max_examples=40, deadline=None)

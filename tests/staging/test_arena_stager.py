@@ -80,9 +80,8 @@ def test_large_tensors_in_slices(monkeypatch: pytest.MonkeyPatch, threads: int) 
         staging = stager.begin(sources(*tensors), check=lambda: looks.append(0))
         for source, staged in zip(tensors, staging.tensors(), strict=True):
             assert torch.equal(source, staged)
-    assert len(looks) > 1
-    if threads == 1:
-        assert len(looks) > 36 + 36
+    # Several threads share the slices out; only the calling one looks.
+    assert len(looks) > (36 + 36 if threads == 1 else 0)
 
 
 def test_small_ones_of_all_sizes_and_strides(arenas: ArenaStager) -> None:
@@ -195,7 +194,7 @@ def test_a_failing_thread_fails_the_staging(
 def test_too_little_memory(arenas: ArenaStager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(StagingError) as info:
-        arenas.begin(sources(numbered(10)))
+        arenas.begin(sources(numbered(1_000_000)))
     assert info.value.kind == "out_of_memory"
     assert arenas.present() == 0
     monkeypatch.undo()

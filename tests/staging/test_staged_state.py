@@ -12,10 +12,11 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 import dcp_engine as dcp
-from dcp_engine.errors import UnsupportedStateError, UsageError
+from dcp_engine.errors import StagingError, UnsupportedStateError, UsageError
 from dcp_engine.metadata import MetadataIndex
 from dcp_engine.plan import WriteItemType
 from dcp_engine.planning.items import value_items
+from dcp_engine.staging.staged_pickle import dump_staged, load_staged
 from dcp_engine.staging.stagers import DefaultStager
 from dcp_engine.staging.stand_in import StagedShards
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
@@ -208,7 +209,17 @@ def test_sharded_tensors(stager: DefaultStager, fake_group: None) -> None:
     assert [tuple(v.shape) for v in staged.state_dict.values()] == [(8, 3)] * 3
 
 
-def test_the_checkpoint_is_the_same(stager: DefaultStager, tmp_path: Path) -> None:
+class Custom(dcp.DefaultSavePlanner):
+    """Overrides a method, and so plans in items."""
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        return super().create_local_plan()
+
+
+@pytest.mark.parametrize("planner", [dcp.DefaultSavePlanner, Custom])
+def test_the_checkpoint_is_the_same(
+    stager: DefaultStager, tmp_path: Path, planner: type[dcp.DefaultSavePlanner]
+) -> None:
     mesh = mesh_of([0], rank=0)
 
     def state() -> dict[str, Any]:
@@ -222,27 +233,56 @@ def test_the_checkpoint_is_the_same(stager: DefaultStager, tmp_path: Path) -> No
             "model": {"w": weight, "tied": weight, "s": sharded(numbered(6, 2))},
             "halves": Halves(),
             "quantized": Scaled(numbered(4, 2), numbered(4), 8),
-            "rng": PerRank(numbered(5, dtype=torch.uint8)),
+            "rng": numbered(5, dtype=torch.uint8),
+            **({"own": PerRank({"r": numbered(2)})} if planner is not Custom else {}),
             "list": [sharded(numbered(3)), {"lr": 0.5}],
             "epoch": 3,
         }
 
     staged = stager.begin(state())
+    arena = staged.staging.arena
+    sent = load_staged(dump_staged(staged.state_dict, arena), arena)
     with dcp.Engine() as engine:
         metas = [
-            engine.save(values, storage_writer=dcp.FileSystemWriter(tmp_path / name))
-            for name, values in (("live", state()), ("staged", staged.state_dict))
+            engine.save(
+                values, storage_writer=dcp.FileSystemWriter(tmp_path / name), planner=planner()
+            )
+            for name, values in (("live", state()), ("staged", staged.state_dict), ("sent", sent))
         ]
-    assert dict(metas[0].state_dict_metadata) == dict(metas[1].state_dict_metadata)
-    assert metas[0].planner_data == metas[1].planner_data
+    for meta in metas[1:]:
+        assert dict(meta.state_dict_metadata) == dict(metas[0].state_dict_metadata)
+        assert meta.planner_data == metas[0].planner_data
     data = [
         sorted(
             (path.name, path.read_bytes()[4096:])
             for path in (tmp_path / name).rglob("*.safetensors")
         )
-        for name in ("live", "staged")
+        for name in ("live", "staged", "sent")
     ]
-    assert data[0] == data[1]
+    assert data[0] == data[1] == data[2]
+
+
+@pytest.mark.parametrize("key", ["plain", "sharded", "parameter", "wrapper"])
+def test_changes_during_background_staging_are_an_alarm(stager: DefaultStager, key: str) -> None:
+    plain = numbered(3)
+    local = numbered(2, 3)
+    parameter = torch.nn.Parameter(numbered(3))
+    inner = numbered(4, 2)
+    state = {
+        "plain": plain,
+        "sharded": dtensor(local, (4, 3), Shard(0)),
+        "parameter": parameter,
+        "wrapper": Scaled(inner, numbered(4), 8),
+    }
+    changed = {"plain": plain, "sharded": local, "wrapper": inner}
+    go = threading.Event()
+    staged = stager.begin(state, background=True, check=lambda: go.wait(60) and None)
+    with torch.no_grad():
+        changed.get(key, parameter).add_(1)
+    go.set()
+    with pytest.raises(StagingError, match=key) as info:
+        staged.wait()
+    assert info.value.kind == "staging_torn"
 
 
 def test_stand_ins_under_another_name() -> None:
