@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
         content["simulated"] = rows
         for layout in options.layouts.split(","):
             print(f"\n## {LAYOUTS[layout].title}\n")
-            print(_table([row for row in rows if row["layout"] == layout]), flush=True)
+            print(_tables([row for row in rows if row["layout"] == layout]), flush=True)
         targets += simulated_targets(rows)
     if "ranks" in parts:
         content["ranks"] = [
@@ -161,62 +161,70 @@ def _at(row: Row, path: Sequence[str]) -> float:
     return float(value)
 
 
-_COLUMNS = (
+_SAVING = (
     "engine",
     "ranks",
     "first save: plan s",
     "commit s",
     "second save: plan s",
     "commit s",
+    "peak MiB",
+)
+_MOVING = (
+    "engine",
+    "ranks",
     "first save: bytes out",
     "bytes in",
-    "second save: out",
+    "second: out",
     "in",
-    "peak MiB",
     "manifest MB",
     "bytes/chunk",
     "open s",
     "open, plan load s",
+    "on 8 ranks s",
 )
 
 
-def _table(rows: Sequence[Row]) -> str:
-    cells = []
-    for row in sorted(rows, key=lambda row: (row["world_size"], row["engine"] != "dcp_engine")):
+def _tables(rows: Sequence[Row]) -> str:
+    saving, moving = [], []
+    ordered = sorted(rows, key=lambda row: (row["world_size"], row["engine"] != "dcp_engine"))
+    for row in ordered:
         ours = row["engine"] == "dcp_engine"
-        mark = "*" if row.get("extrapolated") else ""
-        saves = _ours(row) if ours else _theirs(row)
-        figures = [
-            *saves,
-            row["peak_bytes"] / 2**20,
-            row["manifest_bytes"] / 1e6,
-            row["manifest_bytes"] / row["chunks"],
-            row["load"]["open"],
-            row["load"]["same"],
-        ]
-        cells.append(
-            [row["engine"] + mark, f"{row['world_size']:,}", *(number(value) for value in figures)]
-        )
-    return markdown_table(_COLUMNS, cells)
+        name = [row["engine"] + ("*" if row.get("extrapolated") else ""), f"{row['world_size']:,}"]
+        times, sent = _ours(row) if ours else _theirs(row)
+        load = row["load"]
+        manifest = row["manifest_bytes"]
+        figures = [*sent, manifest / 1e6, manifest / row["chunks"], load["open"], load["same"]]
+        saving.append([*name, *map(number, [*times, row["peak_bytes"] / 2**20])])
+        moving.append([*name, *map(number, [*figures, load.get("eight")])])
+    return "\n\n".join(
+        (markdown_table(_SAVING, saving), markdown_table(_MOVING, moving), _own_work(ordered))
+    )
 
 
-def _ours(row: Row) -> list[float]:
+def _own_work(rows: Sequence[Row]) -> str:
+    """What each rank does before it sends anything: the same whatever the number of ranks."""
+    told = {}
+    for row in rows:
+        times = ", ".join(f"{k} {number(v * 1e3)} ms" for k, v in row["local_seconds"].items())
+        told[row["engine"]] = f"{row['engine']}: {times}"
+    return "A rank's own work, once a save. " + "; ".join(told.values()) + "."
+
+
+def _ours(row: Row) -> tuple[list[float], list[float]]:
     first, second = row["first"], row["second"]
-    return [
-        first["agree"] + first["plan"],
-        first["write"],
-        second["agree"],
-        second["write"],
-        *(_bytes(row["first_bytes"], way) for way in ("out", "in")),
-        *(_bytes(row["second_bytes"], way) for way in ("out", "in")),
+    times = [first["agree"] + first["plan"], first["write"], second["agree"], second["write"]]
+    sent = [
+        _bytes(row[save], way) for save in ("first_bytes", "second_bytes") for way in ("out", "in")
     ]
+    return times, sent
 
 
-def _theirs(row: Row) -> list[float]:
+def _theirs(row: Row) -> tuple[list[float], list[float]]:
     sent = row["bytes"]
     out, back = sent["plan_out"] + sent["results_out"], sent["plan_in"] + sent["metadata_in"]
     # Its plan cache is off unless asked for: the second save is the first once more.
-    return [*(row["plan"], row["finish"]) * 2, *(out, back) * 2]
+    return [row["plan"], row["finish"]] * 2, [out, back] * 2
 
 
 def _bytes(of_phases: dict[str, dict[str, float]], way: str) -> float:

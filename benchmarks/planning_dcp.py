@@ -118,7 +118,7 @@ def measure(layout_name: str, world_size: int, tensors: int, rounds: int) -> dic
         "layout": layout_name,
         "world_size": world_size,
         "tensors": tensors,
-        "local_seconds": {"make and pickle": statistics.median(local)},
+        "local_seconds": {"items and pickle": statistics.median(local)},
         **result,
     }
 

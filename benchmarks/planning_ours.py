@@ -134,7 +134,7 @@ def prepare(values: Sequence[Value], rank: int, seconds: dict[str, list[float]])
     count = len(values) - len(objects)
     began = time.process_time()
     source = make_local_plan(values, np.full(count, NO_ALIAS, np.int32), nesting, rank=rank)
-    _note(seconds, "make", began)
+    _note(seconds, "columns", began)
     compared = {v.fqn: 12345 for v in values if v.kind is EntryKind.REPLICATED}
     return PreparedState(source=source, objects=objects, compared=compared)
 
@@ -168,10 +168,10 @@ def measure(layout_name: str, world_size: int, tensors: int, rounds: int) -> dic
         prepared = prepare(values_of(layout, world_size, rank, tensors), rank, timings)
         began = time.process_time()
         offer = agreement(operation, PlanMemory()).offer(prepared)
-        _note(timings, "offer", began)
+        _note(timings, "fingerprint", began)
         began = time.process_time()
         message = encode_local_plan(prepared.source.plan)
-        _note(timings, "encode", began)
+        _note(timings, "encoding (first save)", began)
         incoming["agree"].append(framed("agree", 0, offer))
         incoming["plan"].append(framed("plan", 1, message))
         if rank == 0:

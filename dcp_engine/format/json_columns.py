@@ -141,7 +141,7 @@ def check_range(values: I64, limit: int, what: str) -> I64:
 
 def _int64(values: list[int], what: str) -> I64:
     try:
-        return np.array(values, dtype=np.int64)
+        return np.fromiter(values, np.int64, len(values))  # np.array takes a third longer
     except OverflowError:
         refuse(f"{what}: a value has more than 64 bits")
 

@@ -35,11 +35,26 @@ def _save(path: str, value: float, faults: list[CallFault]) -> dict[str, Any]:
         "step": value,
     }
     writer = faulty_writer(dcp.FileSystemWriter(path), faults, rank=rank)
+    _meet_before_failing(writer, faults)
     try:
         dcp.save(state, storage_writer=writer, timeout=30)
     except dcp.CheckpointException as error:
         return {"failures": sorted(error.failures), "kind": error.kind, "text": str(error)}
     return {"failures": [], "kind": None, "text": ""}
+
+
+def _meet_before_failing(double: Any, faults: list[CallFault]) -> None:
+    """Where all ranks are to fail, none does before all are there: a rank that comes after the
+    first failure is stopped instead, and rightly not named."""
+    meeting = [f.method for f in faults if f.ranks == frozenset(range(dist.get_world_size()))]
+    enter = double.schedule.enter
+
+    def meet(method: str) -> Any:
+        if method in meeting and method != "begin_save":  # which the coordinator calls alone
+            dist.barrier()
+        return enter(method)
+
+    double.schedule.enter = meet
 
 
 def _load(path: str, faults: list[CallFault]) -> dict[str, Any]:
@@ -50,6 +65,8 @@ def _load(path: str, faults: list[CallFault]) -> dict[str, Any]:
         "step": None,
     }
     reader = faulty_reader(dcp.FileSystemReader(path), faults, rank=dist.get_rank())
+    if any(fault.method == "reset" for fault in faults):  # the one call that all make at once
+        _meet_before_failing(reader, faults)
     try:
         dcp.load(state, storage_reader=reader, timeout=30)
     except dcp.CheckpointException as error:
