@@ -87,9 +87,7 @@ def _ways(*, fsync: bool) -> list[Way]:
     ]
 
 
-def _saves(
-    name: str, state: dict[str, Any], setting: Setting, root: str, *, fsync: bool
-) -> Case:
+def _saves(name: str, state: dict[str, Any], setting: Setting, root: str, *, fsync: bool) -> Case:
     ways = _ways(fsync=fsync)
     columns = [
         Column(
@@ -249,8 +247,7 @@ def several_ranks(setting: Setting) -> Iterator[Case]:
 def _ranks_save(world: int, ranks: Ranks, setting: Setting, paths: dict[str, str]) -> Case:
     outcomes: list[Outcome] = []
     columns = [
-        _ranks_column(ranks, "rows", way, "save", paths[way], outcomes, clean=True)
-        for way in MULTI
+        _ranks_column(ranks, "rows", way, "save", paths[way], outcomes, clean=True) for way in MULTI
     ]
     measured = measure(columns, rounds=setting.rounds)
     return _ranks_case(f"save, {world} ranks, fsync, disk", measured, outcomes)
@@ -261,8 +258,7 @@ def _ranks_load_cold(world: int, ranks: Ranks, setting: Setting, paths: dict[str
     for way, path in paths.items():
         ranks.run("rows", way, "save", path)
     columns = [
-        _ranks_column(ranks, "rows", way, "load", paths[way], outcomes, cold=True)
-        for way in MULTI
+        _ranks_column(ranks, "rows", way, "load", paths[way], outcomes, cold=True) for way in MULTI
     ]
     measured = measure(columns, rounds=setting.rounds)
     return _ranks_case(f"load in place, cold, {world} ranks, disk", measured, outcomes)

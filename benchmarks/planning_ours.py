@@ -273,7 +273,7 @@ def _save(
             for phase, received in operation.bytes_in.items()
         },
         "manifest": manifests[0],
-        "chunks": len(plan.chunks.tensor),
+        "chunks": int(plan.files.chunks.sum()),
     }
 
 
@@ -285,12 +285,11 @@ def reports_of(plan: GlobalPlan, prepared: PreparedState) -> list[RankReport]:
         )
         for rank in range(plan.world_size)
     ]
-    chunks = np.bincount(plan.chunks.file, minlength=len(plan.files.rank))
     for rank, number, nbytes, count in zip(
         plan.files.rank.tolist(),
         plan.files.number.tolist(),
         plan.files.data_bytes.tolist(),
-        chunks.tolist(),
+        plan.files.chunks.tolist(),
         strict=True,
     ):
         report = reports[rank]

@@ -122,9 +122,7 @@ class ColumnarWriter(StorageWriter):
         """The save id of the checkpoint that is there now, or None."""
 
     @abc.abstractmethod
-    def begin_save(
-        self, checkpoint_id: str | os.PathLike[str] | None, ticket: SaveTicket
-    ) -> None:
+    def begin_save(self, checkpoint_id: str | os.PathLike[str] | None, ticket: SaveTicket) -> None:
         """Create the data directory; on the coordinator also ``owner.json``."""
 
     @abc.abstractmethod

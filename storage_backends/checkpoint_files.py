@@ -257,9 +257,7 @@ class CheckpointFiles:
             hint="take another checkpoint",
         )
 
-    def damaged(
-        self, file: DataFile, begin: int, end: int, tensor: str
-    ) -> DamagedCheckpointError:
+    def damaged(self, file: DataFile, begin: int, end: int, tensor: str) -> DamagedCheckpointError:
         """The error for bytes ``begin`` to ``end`` of ``file``, whose digest is another one."""
         return DamagedCheckpointError(
             f"bytes {begin} to {end - 1} of the file differ from what was written",

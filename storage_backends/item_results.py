@@ -184,12 +184,15 @@ def _placed_chunks(
 
 def _planned_files(files: Sequence[tuple[int, int]], placed: Sequence[_Placed]) -> PlannedFiles:
     totals = dict.fromkeys(files, 0)
+    counts = dict.fromkeys(files, 0)
     for *_, rank, place in placed:
         totals[rank, place.number] += place.nbytes
+        counts[rank, place.number] += 1
     return PlannedFiles(
         rank=np.array([rank for rank, _ in files], np.int32),
         number=np.array([number for _, number in files], np.int32),
         data_bytes=np.array([totals[key] for key in files], np.int64),
+        chunks=np.array([counts[key] for key in files], np.int64),
     )
 
 

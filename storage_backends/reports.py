@@ -116,9 +116,8 @@ def _digest_file(report: RankReport) -> DigestFile:
 
 
 def _check_chunk_counts(plan: GlobalPlan, by_rank: Mapping[int, RankReport]) -> None:
-    per_file = np.bincount(plan.chunks.file, minlength=len(plan.files.rank))
     planned = np.zeros(plan.world_size, np.int64)
-    np.add.at(planned, plan.files.rank, per_file)
+    np.add.at(planned, plan.files.rank, plan.files.chunks)
     for rank, report in by_rank.items():
         if report.chunks != int(planned[rank]):
             _mismatch(f"{report.chunks} chunks were written, planned are {planned[rank]}", rank)

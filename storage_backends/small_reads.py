@@ -154,16 +154,13 @@ def _jobs(rows: SmallRows) -> Iterator[tuple[int, int]]:
             begin = end
 
 
-def _read_job(
-    files: CheckpointFiles, rows: SmallRows, begin: int, end: int, check: Check
-) -> None:
+def _read_job(files: CheckpointFiles, rows: SmallRows, begin: int, end: int, check: Check) -> None:
     check()
     file = files.manifest.data_files[int(rows.file[begin])]
     memory = MemoryViews()
     sizes = rows.nbytes[begin:end].tolist()
     views = [
-        memory.of(tensor, size)
-        for tensor, size in zip(rows.tensors[begin:end], sizes, strict=True)
+        memory.of(tensor, size) for tensor, size in zip(rows.tensors[begin:end], sizes, strict=True)
     ]
     offsets = (rows.start[begin:end] + file.data_start).tolist()
     name = rows.names[begin] if end - begin == 1 else None

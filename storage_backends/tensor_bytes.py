@@ -66,12 +66,7 @@ class MemoryViews:
 
 def has_viewable_memory(tensor: torch.Tensor) -> bool:
     """Whether ``tensor``'s bytes in row-major order lie in this process's memory as they are."""
-    return (
-        tensor.is_cpu
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def box_of(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:

@@ -152,9 +152,7 @@ def encode_header_columns(
     return padded.to_bytes(_LENGTH_BYTES, "little") + body.ljust(padded)
 
 
-def entry_names(
-    fqns: Sequence[str], offsets: Sequence[Sequence[int] | None]
-) -> list[str]:
+def entry_names(fqns: Sequence[str], offsets: Sequence[Sequence[int] | None]) -> list[str]:
     """``entry_name`` for all entries of one file, in order."""
     names = [
         fqn if at is None else f"{fqn}@{','.join(map(str, at))}"
@@ -307,9 +305,7 @@ def _check_layout(entries: Mapping[str, ParsedEntry], data_size: int) -> None:
     for entry in sorted(entries.values(), key=attrgetter("data_offsets")):
         begin, end = entry.data_offsets
         if begin != position or end < begin:
-            raise _invalid(
-                f"bytes {begin} to {end} follow on byte {position}: a gap or an overlap"
-            )
+            raise _invalid(f"bytes {begin} to {end} follow on byte {position}: a gap or an overlap")
         kind = (entry.dtype, entry.shape)
         expected = nbytes.get(kind)
         if expected is None:

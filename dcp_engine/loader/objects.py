@@ -117,8 +117,7 @@ def choose_object(
     if allow_partial:
         return None
     raise StateMismatchError(
-        "the checkpoint does not hold this key"
-        + (" for this rank" if by_rank is not None else ""),
+        "the checkpoint does not hold this key" + (" for this rank" if by_rank is not None else ""),
         kind="missing_key",
         checkpoint=checkpoint,
         tensor=fqn,

@@ -23,9 +23,7 @@ def with_memory(leaf: Leaf) -> Leaf:
     """The leaf itself, or, for a tensor on the meta device, a leaf with memory to load into."""
     value = leaf.value
     if isinstance(value, torch.Tensor) and value.is_meta:
-        return Leaf(
-            fqn=leaf.fqn, path=leaf.path, value=materialized(value), per_rank=leaf.per_rank
-        )
+        return Leaf(fqn=leaf.fqn, path=leaf.path, value=materialized(value), per_rank=leaf.per_rank)
     return leaf
 
 

@@ -78,6 +78,7 @@ def lay_out(
             rank=file_rank,
             number=number.astype(np.int32),
             data_bytes=np.add.reduceat(nbytes, first) if len(first) else nbytes[:0],
+            chunks=np.diff(np.append(first, len(order))),
         ),
     )
 

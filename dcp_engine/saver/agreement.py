@@ -77,7 +77,7 @@ class Agreed:
         plan = RankPlan(id=self.plan_id, assignment=self.assignment, classes=self.classes)
         memory.ranks.put(self.fingerprint, plan)
         if self.global_plan is not None:
-            memory.plans.put(self.plan_id, self.global_plan)
+            memory.plans.put(self.plan_id, self.global_plan.without_chunks())
 
 
 class Agreement:

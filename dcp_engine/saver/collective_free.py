@@ -70,13 +70,13 @@ def save_collective_free(
         common, _ = operation.step("write", write, publish)
     except BaseException as error:
         settle_failure(
-                operation,
-                error,
-                abort=writer.abort_save,
-                leave_in_doubt=writer.leave_in_doubt,
-                reported=True,
-                checkpoint=writer.checkpoint,
-            )
+            operation,
+            error,
+            abort=writer.abort_save,
+            leave_in_doubt=writer.leave_in_doubt,
+            reported=True,
+            checkpoint=writer.checkpoint,
+        )
         raise
     writer.end_save()
     record = msgspec.msgpack.decode(common, type=CommitRecord)

@@ -135,8 +135,10 @@ def test_selection_is_what_torch_selects(data: st.DataObject) -> None:
     chosen = select(shape, tuple(index), name="t")
     assert chosen.shape == tensor[tuple(index)].shape
     box = tensor[
-        tuple(slice(s, s + e, k) for s, e, k in zip(
-            chosen.starts, chosen.extents, chosen.steps, strict=True))
+        tuple(
+            slice(s, s + e, k)
+            for s, e, k in zip(chosen.starts, chosen.extents, chosen.steps, strict=True)
+        )
     ]
     assert torch.equal(box.reshape(chosen.shape), tensor[tuple(index)])
 

@@ -131,7 +131,9 @@ def objects(*, filled: bool) -> dict[str, Any]:
     }
 
 
-def state(world_size: int, *, filled: bool, turned: bool = False, own: bool = True) -> dict[str, Any]:
+def state(
+    world_size: int, *, filled: bool, turned: bool = False, own: bool = True
+) -> dict[str, Any]:
     """All of the above in one state dict."""
     rank = dist.get_rank()
     result: dict[str, Any] = {

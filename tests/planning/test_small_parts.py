@@ -175,9 +175,7 @@ def test_what_cannot_be_stored_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedStateError) as caught:
         source([quantized], 3)
     assert (caught.value.tensor, caught.value.rank) == ("q", 3)
-    huge = structs.replace(
-        replicated("h", (2,)), shape=(1 << 40, 1 << 30), boxes=(), tensors=()
-    )
+    huge = structs.replace(replicated("h", (2,)), shape=(1 << 40, 1 << 30), boxes=(), tensors=())
     with pytest.raises(UnsupportedStateError, match="2\\^60"):
         source([huge])
     with pytest.raises(UnsupportedStateError, match="UTF-8"):

@@ -313,6 +313,17 @@ def test_it_is_bounded_and_keeps_what_was_used_last() -> None:
     assert job.wrong(specs[1], epoch=2) == []
 
 
+def test_what_is_kept_of_a_plan_is_small() -> None:
+    """The manifest's section is, the chunks it was made from are not."""
+    job = Job()
+    job.save(base())
+    (kept,) = job.memory(0).plans._entries.values()
+    assert len(kept.chunks.tensor) == 0
+    assert kept.tensor_section.chunks == int(kept.files.chunks.sum()) > 5
+    assert job.save(base(), epoch=1) == [REUSED] * 2
+    assert job.wrong(base(), epoch=1) == []
+
+
 def test_it_belongs_to_the_engine_and_can_be_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

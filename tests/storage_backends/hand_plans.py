@@ -114,6 +114,7 @@ class HandPlan:
                 rank=np.array(files, np.int32),
                 number=np.zeros(len(files), np.int32),
                 data_bytes=np.array(totals, np.int64),
+                chunks=np.array([sum(s.rank == r for s, _ in rows) for r in files], np.int64),
             ),
             objects=ObjectTable(
                 names=tuple(self.objects),
