@@ -30,6 +30,8 @@ def elements_before(shape: I64, within: I64, lengths: I64, position: I64) -> I64
     inside = np.ones(len(position), np.bool_)
     rest = position.astype(np.int64)
     dims = shape.shape[1]
+    if not dims:  # one element
+        return np.minimum(rest, 1)
     inner_shape = np.ones((len(position), dims + 1), np.int64)
     inner_box = np.ones((len(position), dims + 1), np.int64)
     for d in range(dims - 1, -1, -1):
