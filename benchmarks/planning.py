@@ -232,7 +232,7 @@ def _bytes(of_phases: dict[str, dict[str, float]], way: str) -> float:
 
 
 def simulated_targets(rows: Sequence[Row]) -> list[Target]:
-    """The issue's targets, over all shardings that were measured: the worst counts."""
+    """What planning may cost, over all shardings that were measured: the worst counts."""
     ours = [row for row in rows if row["engine"] == "dcp_engine"]
     judged = [row for row in ours if row["world_size"] == _JUDGED]
     targets: list[Target] = []

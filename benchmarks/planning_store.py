@@ -101,7 +101,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
-    """What the issue asks for."""
+    """What a job may cost its store."""
     return [
         Target(
             text="store operations a second during a write",

@@ -366,6 +366,9 @@ class _FileSystemFile(ByteStoreFile):
         self._name = name
         self._descriptor: int | None = descriptor
         self._lock = threading.Lock()
+        # One write at a time: the kernel's own lock of a file lets no more in, and threads that
+        # wait for it burn processor time that digests need.
+        self._writing = threading.Lock()
 
     def _open_descriptor(self) -> int:
         if self._descriptor is None:
@@ -377,7 +380,8 @@ class _FileSystemFile(ByteStoreFile):
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         with storage_errors("write the file", checkpoint=self._store.url, file=self._name):
             descriptor = self._open_descriptor()
-            pwrite_all(descriptor, buffers, offset)
+            with self._writing:
+                pwrite_all(descriptor, buffers, offset)
             if self._store.durable_sync:
                 start_write_back(descriptor, offset, sum(buffer.nbytes for buffer in buffers))
 

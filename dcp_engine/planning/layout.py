@@ -25,6 +25,7 @@ HEADER_LIMIT = 40 << 20
 
 _ELEMENT_CLASSES = 8
 """Element sizes are 16, 8, 4, 2 or 1; one more class per power of two, largest first."""
+_CLASS_OF_SIZE = _ELEMENT_CLASSES - 1 - np.log2(np.maximum(np.arange(17), 1)).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,13 +55,18 @@ def lay_out(
         files_per_rank: split a rank's data over as many files by bytes.
     """
     order = file_order(rank, itemsize)
+    entries = _header_bytes(tensors).take(tensor)
+    long = len(rank) > 0 and np.bincount(rank, weights=entries).max() >= HEADER_LIMIT
     rank, nbytes = rank.take(order), nbytes.take(order)
-    start, total = _within_runs(rank, nbytes)
-    header, _ = _within_runs(rank, _header_bytes(tensors).take(tensor.take(order)))
-    # The middle of a piece decides, so that a border goes to the side that has more of it.
-    share = ((start + nbytes / 2) * files_per_rank / np.maximum(total, 1)).astype(np.int64)
-    share = np.minimum(share, files_per_rank - 1)
-    begins = _changes(rank) | _changes(share) | _changes(header // HEADER_LIMIT)
+    begins = _changes(rank)
+    if files_per_rank > 1:
+        start, total = _within_runs(rank, nbytes)
+        # The middle of a piece decides, so that a border goes to the side that has more of it.
+        share = ((start + nbytes / 2) * files_per_rank / np.maximum(total, 1)).astype(np.int64)
+        begins |= _changes(np.minimum(share, files_per_rank - 1))
+    if long:
+        header, _ = _within_runs(rank, entries.take(order))
+        begins |= _changes(header // HEADER_LIMIT)
     file = np.cumsum(begins, dtype=np.int32) - np.int32(1)
     first = np.flatnonzero(begins)
     file_rank = rank.take(first)
@@ -85,8 +91,7 @@ def lay_out(
 
 def file_order(group: npt.NDArray[np.integer], itemsize: I64) -> npt.NDArray[np.intp]:
     """The order of pieces in files: by ``group`` (rank or file), falling ``itemsize``, plan."""
-    element = np.int64(_ELEMENT_CLASSES - 1) - np.log2(itemsize).astype(np.int64)
-    return stable_order(group * np.int64(_ELEMENT_CLASSES) + element)
+    return stable_order(group * np.int64(_ELEMENT_CLASSES) + _CLASS_OF_SIZE.take(itemsize))
 
 
 def _changes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
