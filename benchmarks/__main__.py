@@ -7,6 +7,7 @@ declares its options and whose ``main`` runs it and returns the exit status.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -27,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=COMMANDS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of that measurement (-h)")
     chosen = parser.parse_args(arguments)
+    # Threads of OpenMP that spin while others compute make torch's copies 30 times slower on a
+    # busy machine; before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Only this one: another measurement may need what is not installed here.
     module = import_module(f"benchmarks.{chosen.name}")
     own = argparse.ArgumentParser(

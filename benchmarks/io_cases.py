@@ -6,9 +6,11 @@ to save and load (``io_columns``), processes (``io_ranks``), tables and targets 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def one_process(setting: Setting) -> Iterator[Case]:
     yield _saves("save, 1 process, no fsync, tmpfs", state, setting, setting.memory, fsync=False)
     yield _loads("load in place, warm, 1 process", state, setting)
     yield _row_range(setting)
-    yield _peak_memory(state, setting)
+    yield _peak_memory(setting)
     del state
     small = many_small()
     yield _saves("save 20,000 x 1 KiB, tmpfs", small, setting, setting.memory, fsync=False)
@@ -161,33 +163,41 @@ def _row_range(setting: Setting) -> Case:
     )
 
 
-def _peak_memory(state: dict[str, Any], setting: Setting) -> Case:
-    """Resident memory at its peak, beyond what there was before: second call, so that what the
-    libraries load at the first one does not count."""
+def _peak_memory(setting: Setting) -> Case:
+    """Resident memory at its peak, beyond what there was before, each time in a new process."""
     counts: dict[str, dict[str, float]] = {}
-    for way in (Ours(fsync=False), Dcp(fsync=False)):
-        path = f"{setting.disk}/peak"
-        way.save(state, path)
-        way.load(state, path)
-        load = _peak(_bound(way.load, state, path))
-        remove(path)
-        save = _peak(_bound(way.save, state, path))
-        remove(path)
-        counts[way.name] = {"save, peak MiB": save / 2**20, "load, peak MiB": load / 2**20}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for name in ("ours", "DCP"):
+            for action in ("save", "load"):
+                peak = pool.submit(_peak, name, action, setting.size, setting.disk).result()
+                counts.setdefault(name, {})[f"{action}, peak MiB"] = peak / 2**20
     return Case(
         name="peak memory beyond the state",
-        nbytes=state_bytes(state),
-        tensors=len(tensors_of(state)),
+        nbytes=setting.size,
+        tensors=0,
         columns={},
         counts=counts,
     )
 
 
-def _peak(run: Callable[[], object]) -> int:
+def _peak(name: str, action: str, size: int, root: str) -> int:
+    """In a process of its own: bytes."""
+    warnings.simplefilter("ignore")
+    way: Way = Ours() if name == "ours" else Dcp()
+    tiny, path = model_state(1 << 20), f"{root}/peak"
+    for first in (way.save, way.load):  # what libraries load at the first call does not count
+        first(tiny, path)
+    remove(path)
+    state = model_state(size)
+    if action == "load":
+        way.save(state, path)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    run()
-    return max(0, _status("VmHWM") - before)
+    getattr(way, action)(state, path)
+    peak = _status("VmHWM")
+    remove(path)
+    return max(0, peak - before)
 
 
 def _status(field_name: str) -> int:

@@ -46,7 +46,7 @@ class FileSystemWriter(ShardedWriter):
         overwrite: False refuses a directory that holds a checkpoint. True replaces it at once:
             readers see the old one or the new one, whole.
         block_size: bytes under one digest.
-        max_inflight_bytes: bound of the memory a save holds beside the tensors.
+        max_inflight_bytes: bound of the memory a save holds beside the tensors; 32 MiB at least.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class FileSystemReader(ShardedReader):
         path: what to read, unless a load says otherwise; a path or a ``file:`` URL.
         thread_count: threads that read for one rank; None: as ``FileSystemWriter`` has it.
         verify_digests: False skips the digests of tensor data: damage goes unnoticed.
-        max_inflight_bytes: bound of the memory a load holds beside its destination.
+        max_inflight_bytes: bound of the memory a load holds beside its destination; 32 MiB at
+            least.
     """
 
     def __init__(

@@ -67,7 +67,8 @@ class ShardedReader(ColumnarReader):
         thread_count: threads that read for one rank; None: by the machine.
         verify_digests: False skips the digests of tensor data, not those of manifest and extra
             files: damaged numbers then go unnoticed.
-        max_inflight_bytes: bound of the memory a load holds beside its destination; lowers
+        max_inflight_bytes: bound of the memory a load holds beside its destination, 32 MiB at
+            least (what one thread may hold); lowers
             ``thread_count`` where it must.
     """
 

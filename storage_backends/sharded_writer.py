@@ -70,7 +70,8 @@ class ShardedWriter(ColumnarWriter):
         thread_count: threads that write one rank's files; None: by the machine.
         overwrite: False refuses a place where a checkpoint is.
         block_size: bytes under one digest, a power of two from 512 to 1 GiB.
-        max_inflight_bytes: bound of the memory a save holds beside the tensors; lowers
+        max_inflight_bytes: bound of the memory a save holds beside the tensors, 32 MiB at least
+            (what one thread may hold); lowers
             ``thread_count`` where it must.
     """
 

@@ -1,0 +1,101 @@
+"""``max_inflight_bytes``: what a save and a load hold beside the tensors, with any threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dcp_engine
+from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange
+from storage_backends.filesystem_store import FileSystemStore
+from storage_backends.sharded_reader import INFLIGHT_PER_THREAD, ShardedReader
+from storage_backends.sharded_writer import ShardedWriter
+from storage_backends.testing.wrapping import WrappingByteStore
+
+
+class Watched(WrappingByteStore):
+    """Adds up the buffers that are on their way at one time and are no tensor's own memory."""
+
+    def __init__(self, inner: ByteStore, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(inner)
+        self._own = [(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in tensors]
+        self._lock = threading.Lock()
+        self._held = self._calls = 0
+        self.most_bytes = self.most_calls = self.foreign_bytes = 0
+
+    @contextmanager
+    def _on_their_way(self, buffers: Sequence[Buffer]) -> Iterator[None]:
+        foreign = sum(b.nbytes for b in buffers if b.nbytes and not self._is_own(b))
+        with self._lock:
+            self._held += foreign
+            self._calls += 1
+            self.foreign_bytes += foreign
+            self.most_bytes = max(self.most_bytes, self._held)
+            self.most_calls = max(self.most_calls, self._calls)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= foreign
+                self._calls -= 1
+
+    def _is_own(self, buffer: Buffer) -> bool:
+        address = int(np.frombuffer(buffer, np.uint8).ctypes.data)
+        return any(begin <= address < end for begin, end in self._own)
+
+    def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
+        with self._on_their_way([item.buffer for item in ranges]):
+            self.inner.read(name, ranges)
+
+    def write_to(
+        self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
+    ) -> None:
+        with self._on_their_way(buffers):
+            file.write(buffers, offset)
+
+
+def strided(count: int) -> dict[str, torch.Tensor]:
+    """Tensors whose bytes lie nowhere in a row: 6 MiB each."""
+    return {f"t{i}": torch.randn(2048, 768).T for i in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("budget", "threads"),
+    [(INFLIGHT_PER_THREAD // 4, 1), (INFLIGHT_PER_THREAD, 1), (2 * INFLIGHT_PER_THREAD, 2)],
+)
+def test_many_threads_keep_to_the_budget(tmp_path: Path, budget: int, threads: int) -> None:
+    state = strided(12)
+    watched = Watched(FileSystemStore(tmp_path, sync=False), list(state.values()))
+    options = {"thread_count": 8, "max_inflight_bytes": budget}
+    writer = ShardedWriter(lambda _: watched, "x", **options)
+    dcp_engine.save(state, storage_writer=writer, no_dist=True)
+    assert watched.foreign_bytes > sum(tensor.nbytes for tensor in state.values())
+    assert watched.most_calls <= threads
+    assert watched.most_bytes <= threads * INFLIGHT_PER_THREAD
+
+    target = {name: torch.zeros(2048, 768).T for name in state}
+    watched = Watched(FileSystemStore(tmp_path), list(target.values()))
+    reader = ShardedReader(lambda _: watched, "x", **options)
+    dcp_engine.load(target, storage_reader=reader, no_dist=True)
+    assert watched.most_calls <= threads
+    assert watched.most_bytes <= threads * INFLIGHT_PER_THREAD
+    assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
+
+
+def test_contiguous_tensors_need_next_to_nothing(tmp_path: Path) -> None:
+    state = {f"t{i}": torch.randn(1 << 20) for i in range(6)}
+    watched = Watched(FileSystemStore(tmp_path, sync=False), list(state.values()))
+    writer = ShardedWriter(lambda _: watched, "x", thread_count=3)
+    dcp_engine.save(state, storage_writer=writer, no_dist=True)
+    target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    loading = Watched(FileSystemStore(tmp_path), list(target.values()))
+    reader = ShardedReader(lambda _: loading, "x", thread_count=3)
+    dcp_engine.load(target, storage_reader=reader, no_dist=True)
+    for store in (watched, loading):
+        assert store.foreign_bytes < 64 << 10  # header, digests, manifest
