@@ -18,11 +18,12 @@ unexport PYTEST_ADDOPTS MYPYPATH
 export PYTHONNOUSERSITE := 1
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format types layers unit multirank venv clean
+.PHONY: help demo test torture lint format types layers unit multirank venv clean
 
 help:
 	@echo 'make demo       train, kill, resume, reshard, damage: the whole story in a few minutes'
 	@echo 'make test       lint, types, layers, unit tests, multi-rank tests'
+	@echo 'make torture    the long forms of the failure tests: hours'
 	@echo 'make lint       ruff; make format applies it'
 	@echo 'make types      mypy --strict'
 	@echo 'make layers     import-linter'
@@ -50,11 +51,14 @@ layers: venv
 	$(BIN)/lint-imports
 
 unit: venv
-	$(BIN)/python -m pytest -n 2 -m 'not multirank' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not multirank and not torture' $(PYTEST_ARGS)
 
 # One after the other: each test is several processes already.
 multirank: venv
-	$(BIN)/python -m pytest -m multirank $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'multirank and not torture' $(PYTEST_ARGS)
+
+torture: venv
+	$(BIN)/python -m pytest -m torture --timeout=14400 -s $(PYTEST_ARGS)
 
 venv: $(VENV)/.installed
 
