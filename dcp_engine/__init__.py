@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaveResponse, Progress
 from dcp_engine.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -17,7 +18,7 @@ from dcp_engine.default_planner import (
     create_default_local_load_plan,
     create_default_local_save_plan,
 )
-from dcp_engine.engine import Engine, default_engine, load, read_extra, save
+from dcp_engine.engine import Engine, async_save, default_engine, load, read_extra, save
 from dcp_engine.engine import open_checkpoint as open
 from dcp_engine.errors import (
     CheckpointError,
@@ -27,6 +28,7 @@ from dcp_engine.errors import (
     DamagedCheckpointError,
     InvalidPlanError,
     NotFoundError,
+    StagingError,
     StateMismatchError,
     StorageError,
     UnsafeContentError,
@@ -58,6 +60,13 @@ from dcp_engine.planner import (
     WriteItemType,
 )
 from dcp_engine.saver.compare import ReplicasDifferWarning
+from dcp_engine.staging.hooks import install_staging_hook
+from dcp_engine.staging.stagers import (
+    AsyncStager,
+    BlockingAsyncStager,
+    DefaultStager,
+    StagingOptions,
+)
 from dcp_engine.state.per_rank import PerRank
 from dcp_engine.stateful import Stateful
 from dcp_engine.storage import (
@@ -72,9 +81,14 @@ from dcp_engine.storage import (
 
 if TYPE_CHECKING:
     from storage_backends.filesystem import FileSystemReader, FileSystemWriter
+    from storage_backends.fsspec import FsspecReader, FsspecWriter
     from storage_backends.prune import prune
 
 __all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "AsyncStager",
+    "BlockingAsyncStager",
     "ByteStore",
     "ByteStoreFile",
     "BytesIOWriteData",
@@ -88,9 +102,12 @@ __all__ = [
     "DamagedCheckpointError",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
+    "DefaultStager",
     "Engine",
     "FileSystemReader",
     "FileSystemWriter",
+    "FsspecReader",
+    "FsspecWriter",
     "InvalidPlanError",
     "LazyObject",
     "LazyTensor",
@@ -102,11 +119,14 @@ __all__ = [
     "MetadataIndex",
     "NotFoundError",
     "PerRank",
+    "Progress",
     "ReadItem",
     "ReadRange",
     "ReplicasDifferWarning",
     "SavePlan",
     "SavePlanner",
+    "StagingError",
+    "StagingOptions",
     "StateMismatchError",
     "Stateful",
     "StorageError",
@@ -124,11 +144,13 @@ __all__ = [
     "WriteItem",
     "WriteItemType",
     "WriteResult",
+    "async_save",
     "create_default_global_load_plan",
     "create_default_global_save_plan",
     "create_default_local_load_plan",
     "create_default_local_save_plan",
     "default_engine",
+    "install_staging_hook",
     "load",
     "open",
     "prune",
@@ -139,6 +161,8 @@ __all__ = [
 _LAZY = {
     "FileSystemReader": "storage_backends.filesystem",
     "FileSystemWriter": "storage_backends.filesystem",
+    "FsspecReader": "storage_backends.fsspec",
+    "FsspecWriter": "storage_backends.fsspec",
     "prune": "storage_backends.prune",
 }
 """Names of built-in backends: the engine itself imports none."""

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from dcp_engine.redaction import redact_url
+
 __all__ = [
     "KINDS",
     "CheckpointError",
@@ -86,6 +88,8 @@ KINDS: Mapping[str, str] = {
     "out_of_step": "ranks are in different operations",
     "interrupted": "stopped because another rank failed",
     "rank_failed": "a rank failed with an error that is not the engine's",
+    "worker_start": "a worker process did not come up",
+    "worker_died": "a worker process ended while it was needed",
     # UnsafeContentError
     "pickle_refused": "loading would execute a pickle",
     "import_refused": "loading would import a module",
@@ -100,7 +104,7 @@ class CheckpointError(Exception):
     Args:
         message: what was being done and what went wrong, one sentence.
         kind: one of ``KINDS``; each subclass has a default.
-        checkpoint: the checkpoint's id (path or URL).
+        checkpoint: the checkpoint's id (path or URL); kept without credentials.
         file: the file inside the checkpoint.
         tensor: the fully qualified name of the tensor or object.
         rank: the rank that met the error, in the process group of the operation.
@@ -127,7 +131,7 @@ class CheckpointError(Exception):
         self.kind = kind if kind is not None else self.default_kind
         if self.kind not in KINDS:
             raise ValueError(f"unknown error kind {self.kind!r}; see dcp_engine.errors.KINDS")
-        self.checkpoint = None if checkpoint is None else str(checkpoint)
+        self.checkpoint = None if checkpoint is None else redact_url(str(checkpoint))
         self.file = file
         self.tensor = tensor
         self.rank = rank
@@ -144,7 +148,7 @@ class CheckpointError(Exception):
     ) -> CheckpointError:
         """Fill in what the place that raised did not know; what is set already stays."""
         if self.checkpoint is None and checkpoint is not None:
-            self.checkpoint = str(checkpoint)
+            self.checkpoint = redact_url(str(checkpoint))
         self.file = self.file if self.file is not None else file
         self.tensor = self.tensor if self.tensor is not None else tensor
         self.rank = self.rank if self.rank is not None else rank

@@ -52,6 +52,8 @@ class SaveTicket:
     """False: every rank commits a manifest of its own."""
     keep_replaced: bool = False
     """Leave the data of the checkpoint that this one replaces, for ``prune``."""
+    by_worker: bool = False
+    """Another process than the one that asked for the save writes it."""
 
 
 class FileReport(msgspec.Struct, frozen=True, array_like=True):
@@ -112,6 +114,11 @@ class ColumnarWriter(StorageWriter):
     def checkpoint(self) -> str:
         """The checkpoint's id, for messages."""
 
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the present save that were handed to the medium so far; asked by any thread."""
+        return 0
+
     @abc.abstractmethod
     def announce(self, ticket: SaveTicket) -> None:
         """Before ``set_up_storage_writer``, where DCP's life cycle runs: what it has no argument
@@ -156,6 +163,13 @@ class ColumnarWriter(StorageWriter):
     def manifest_source(self, record: CommitRecord) -> Callable[[], Manifest]:
         """What reads the manifest of ``record`` from the medium, on any rank, at any later time.
         It raises ``ConflictError(kind="superseded")`` if another save has been committed since."""
+
+    def find_commit(
+        self, checkpoint_id: str | os.PathLike[str] | None, save_id: str
+    ) -> CommitRecord | None:
+        """The record of save ``save_id`` if that is the checkpoint there now, for whoever does not
+        know whether it was committed."""
+        return None
 
     @abc.abstractmethod
     def remove_replaced(self) -> None:
@@ -231,6 +245,11 @@ class ColumnarReader(StorageReader):
     @abc.abstractmethod
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
         """The encoded bytes of an object, verified."""
+
+    @abc.abstractmethod
+    def block_digests(self, manifest: Manifest, file: int, start: int) -> bytes:
+        """The digests of the blocks of the chunk at byte ``start`` of data file ``file`` (a row of
+        the manifest's), as they are stored: chunks of one size are equal if these are."""
 
     @abc.abstractmethod
     def read_extra(self, manifest: Manifest, name: str) -> bytes:

@@ -42,7 +42,8 @@ class SavePlanner(abc.ABC):
 
     Called in this order: ``set_up_planner`` (every rank), ``create_local_plan`` (every rank),
     ``create_global_plan`` (coordinator only), ``finish_plan`` (every rank), ``resolve_data``
-    (every rank, at least once per item of its final plan, possibly from several threads).
+    (every rank, at least once per item of its final plan that has bytes, possibly from several
+    threads).
     """
 
     @abc.abstractmethod

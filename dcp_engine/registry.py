@@ -4,7 +4,10 @@ Belongs here: the ``Backend`` interface, the entry point group and its errors. D
 here: any backend by name; the built-in ones come in by the same door as a third party's.
 
 A package offers a backend by an entry point in group ``dcp_engine.storage_backends``: its name is
-the URL scheme, its object a ``Backend`` or a class (callable without arguments) that makes one.
+the URL scheme, its object a ``Backend`` or a class (callable without arguments) that makes one. The
+name ``any_other``, which no URL can have as its scheme, stands for all schemes that no entry point
+has as its name, and for chained URLs. The built-in fsspec backend has it, so that whoever offers a
+backend for ``s3`` alone goes before it.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from dcp_engine.errors import StorageError, UsageError
 from dcp_engine.storage import ByteStore, StorageReader, StorageWriter
 
 __all__ = [
+    "ANY_OTHER",
     "ENTRY_POINT_GROUP",
+    "EXTRAS",
     "Backend",
     "BackendRegistry",
+    "is_chained",
     "open_reader",
     "open_writer",
     "scheme_of",
@@ -31,10 +37,19 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "dcp_engine.storage_backends"
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|:/)")
+ANY_OTHER = "any_other"
+"""Name of the entry point of the backend for all other schemes, and for chained URLs."""
 
-_EXTRAS: Mapping[str, str] = {"s3": "s3", "s3a": "s3"}
-"""Schemes that an extra of this distribution serves."""
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|:/)")
+_LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:://.*)?")
+
+EXTRAS: Mapping[str, str] = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("sftp", "ssh"), "sftp"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure"),
+}
+"""Schemes that need an extra of this distribution, and which."""
 
 
 class Backend(abc.ABC):
@@ -65,6 +80,14 @@ def scheme_of(checkpoint_id: str | os.PathLike[str]) -> str:
     return match.group(1).lower() if match else "file"
 
 
+def is_chained(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether it is a chained URL, as fsspec has them: ``simplecache::s3://bucket/run``."""
+    if not isinstance(checkpoint_id, str) or "://" not in checkpoint_id:
+        return False
+    *links, last = checkpoint_id.split("::")
+    return bool(links) and all(map(_LINK.fullmatch, [*links, last]))
+
+
 class BackendRegistry:
     """The backends of this environment. Thread-safe; loads each backend once, when needed.
 
@@ -84,7 +107,7 @@ class BackendRegistry:
         self._given_entry_points = None if entry_points is None else tuple(entry_points)
 
     def schemes(self) -> list[str]:
-        """All schemes that a backend is known for."""
+        """All schemes that a backend is known for by name, ``any_other`` among them."""
         return sorted({*self._backends, *(point.name.lower() for point in self._entry_points())})
 
     def backend(self, checkpoint_id: str | os.PathLike[str]) -> Backend:
@@ -94,7 +117,7 @@ class BackendRegistry:
             StorageError: ``unsupported_storage`` when none is installed, or it cannot be imported.
             UsageError: two packages claim the scheme.
         """
-        scheme = scheme_of(checkpoint_id)
+        scheme = ANY_OTHER if is_chained(checkpoint_id) else scheme_of(checkpoint_id)
         with self._lock:
             backend = self._backends.get(scheme)
             if backend is None:
@@ -120,7 +143,10 @@ class BackendRegistry:
         return metadata.entry_points(group=ENTRY_POINT_GROUP)
 
     def _load(self, scheme: str, checkpoint_id: str | os.PathLike[str]) -> Backend:
-        points = {p.value: p for p in self._entry_points() if p.name.lower() == scheme}
+        found = list(self._entry_points())
+        points: dict[str, metadata.EntryPoint] = {}
+        for name in (scheme, ANY_OTHER):
+            points = points or {p.value: p for p in found if p.name.lower() == name}
         if not points:
             raise StorageError(
                 f"no storage backend for scheme {scheme!r} is installed; there are backends for "
@@ -158,7 +184,7 @@ class BackendRegistry:
 
     @staticmethod
     def _install_hint(scheme: str) -> str:
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         if extra is not None:
             return f"run: pip install 'dcp_engine[{extra}]'"
         if scheme == "file":

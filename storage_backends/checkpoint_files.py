@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
 
 from dcp_engine.errors import (
     CheckpointError,
@@ -24,19 +26,18 @@ from dcp_engine.errors import (
 from dcp_engine.format.digest import DigestTable, decode_digests, digest_value, xxh3_128_hex
 from dcp_engine.format.manifest import DataFile, Manifest
 from dcp_engine.format.names import MANIFEST_NAME
-from dcp_engine.format.shard_file import ParsedEntry, parse_data_start, parse_header
-from dcp_engine.storage import ByteStore, ReadRange
+from dcp_engine.format.shard_file import EntryColumns, Stored, parse_data_start, parse_header
+from dcp_engine.storage import ByteStore, Check, ReadRange
+from storage_backends.jobs import run_jobs
 from storage_backends.os_errors import storage_error
 from storage_backends.present import present_checkpoint
 
-__all__ = ["CheckpointFiles", "HeaderIndex"]
+__all__ = ["CheckpointFiles"]
 
+I64 = npt.NDArray[np.int64]
 
-@dataclass(frozen=True, eq=False)
-class HeaderIndex:
-    """The entries of a data file's header, by the byte at which each begins."""
-
-    by_begin: dict[int, ParsedEntry]
+HEADER_BYTES = 1 << 20
+"""What is read of a header before it is known to be longer: most headers are not."""
 
 
 class CheckpointFiles:
@@ -57,7 +58,7 @@ class CheckpointFiles:
         self._adopted = adopted
         self._lock = threading.RLock()
         self._tables: dict[int, DigestTable] = {}
-        self._headers: dict[int, HeaderIndex] = {}
+        self._headers: dict[int, EntryColumns] = {}
 
     def path(self, name: str) -> str:
         """Name in the store of file ``name`` of the data directory."""
@@ -124,6 +125,28 @@ class CheckpointFiles:
             hint="load again, when nobody saves to this place",
         ) from error
 
+    def prefetch(self, rows: Iterable[int], *, threads: int, check: Check) -> None:
+        """Read headers and digests of data files ``rows`` side by side, if the store is one whose
+        requests are slow to begin: one after the other they would take longer than the data."""
+        if self.store.preferred_read <= ByteStore.preferred_read:
+            return
+        files = {row: self.manifest.data_files[row] for row in sorted(set(rows))}
+        if self.verify_digests:
+            ranks = sorted({file.rank for file in files.values()} - self._tables.keys())
+            run_jobs(ranks, lambda rank, _: self._keep_table(rank), threads=threads, check=check)
+        missing = [row for row in files if row not in self._headers]
+        run_jobs(missing, lambda row, _: self._keep_header(row), threads=threads, check=check)
+
+    def _keep_table(self, rank: int) -> None:
+        table = self._read_table(rank)
+        with self._lock:
+            self._tables[rank] = table
+
+    def _keep_header(self, row: int) -> None:
+        header = self._read_header(self.manifest.data_files[row])
+        with self._lock:
+            self._headers[row] = header
+
     def table(self, rank: int) -> DigestTable:
         """The digests of ``rank``'s files, themselves checked against the manifest."""
         with self._lock:
@@ -131,6 +154,12 @@ class CheckpointFiles:
             if table is None:
                 table = self._tables[rank] = self._read_table(rank)
             return table
+
+    def block_digests(self, row: int, start: int) -> bytes:
+        """The digests of the chunk at ``start`` of data file ``row``, one behind the other."""
+        file = self.manifest.data_files[row]
+        _, digests = self.table(file.rank).lookup(file.number, start)
+        return digests.tobytes()
 
     def _read_table(self, rank: int) -> DigestTable:
         entry = self.manifest.digest_file(rank)
@@ -173,7 +202,7 @@ class CheckpointFiles:
             self._compare_size(file.name, file.size)
         return self.store.local_path(self.path(file.name))
 
-    def header(self, row: int) -> HeaderIndex:
+    def header(self, row: int) -> EntryColumns:
         """The header of data file ``row``, checked: the file's size, the header's own digest, and
         that it is a valid one."""
         with self._lock:
@@ -182,74 +211,79 @@ class CheckpointFiles:
                 header = self._headers[row] = self._read_header(self.manifest.data_files[row])
             return header
 
-    def _read_header(self, file: DataFile) -> HeaderIndex:
+    def _read_header(self, file: DataFile) -> EntryColumns:
         # The table first: it has an error of its own, and names a file of its own.
         table = self.table(file.rank) if self.verify_digests else None
         with self.reading(file.name):
             self._compare_size(file.name, file.size)
-            first = bytearray(8)
-            self.store.read(self.path(file.name), [ReadRange(0, memoryview(first))])
-            if parse_data_start(bytes(first), file.size) != file.data_start:
-                raise DamagedCheckpointError(
-                    "the header is not as long as the manifest says", kind="header_mismatch"
-                )
-            data = bytearray(file.data_start)
-            self.store.read(self.path(file.name), [ReadRange(0, memoryview(data))])
-            parsed = parse_header(bytes(data), file.size)
+            data = self._header_bytes(file)
+            parsed = parse_header(data, file.size)
             if table is not None and digest_value(data) != table.header_digest(file.number):
                 raise DamagedCheckpointError(
                     "the header is not what was written", kind="header_mismatch"
                 )
-        # Entries without bytes begin where the next one does, and are nobody's chunk.
-        by_begin = {}
-        for entry in parsed.entries.values():
-            begin, end = entry.data_offsets
-            if end > begin:
-                by_begin[begin] = entry
-        return HeaderIndex(by_begin)
+        return _some_bytes(parsed.columns)
+
+    def _header_bytes(self, file: DataFile) -> bytes:
+        first = bytearray(min(file.data_start, file.size, HEADER_BYTES))
+        self.store.read(self.path(file.name), [ReadRange(0, memoryview(first))])
+        if parse_data_start(bytes(first[:8]), file.size) != file.data_start:
+            raise DamagedCheckpointError(
+                "the header is not as long as the manifest says", kind="header_mismatch"
+            )
+        rest = bytearray(file.data_start - len(first))
+        if rest:
+            self.store.read(self.path(file.name), [ReadRange(len(first), memoryview(rest))])
+        return bytes(first + rest)
 
     def compare_entries(
         self,
         row: int,
-        starts: Sequence[int],
-        dtypes: Sequence[tuple[str, tuple[int, ...]]],
-        nbytes: Sequence[int],
+        starts: I64,
+        nbytes: I64,
+        stored: Sequence[Stored],
+        kinds: I64,
         tensors: Sequence[str],
     ) -> None:
-        """Raise ``header_mismatch`` unless data file ``row`` lists chunks just so.
+        """Raise ``header_mismatch`` unless data file ``row`` lists n chunks just so.
 
         Args:
-            starts: (n,) first bytes, behind the begin of the data section.
-            dtypes: (n,) dtype and shape as ``format.dtypes.stored_shape`` gives them.
-            nbytes, tensors: (n,) sizes, and names for the message.
+            starts, nbytes: (n,) first bytes, behind the begin of the data section, and sizes.
+            stored: dtypes and shapes as ``format.dtypes.stored_shape`` gives them.
+            kinds: (n,) rows of ``stored``.
+            tensors: (n,) for the message.
         """
-        by_begin = self.header(row).by_begin
-        for start, (dtype, shape), size, tensor in zip(
-            starts, dtypes, nbytes, tensors, strict=True
-        ):
-            entry = by_begin.get(start)
-            if (
-                entry is None
-                or entry.dtype != dtype
-                or entry.shape != shape
-                or entry.data_offsets != (start, start + size)
-            ):
-                self._refuse_entry(row, start, dtype, shape, entry, tensor)
+        header = self.header(row)
+        at = np.searchsorted(header.begins, starts)
+        inside = np.minimum(at, max(len(header.begins) - 1, 0))
+        listed = np.array([header.stored.get(entry, -1) for entry in stored], np.int64)
+        if len(header.begins):
+            same = (
+                (header.begins[inside] == starts)
+                & (header.ends[inside] == starts + nbytes)
+                & (header.kinds[inside] == listed[kinds])
+            )
+        else:
+            same = np.zeros(len(starts), np.bool_)
+        if same.all():
+            return
+        first = int(np.argmin(same))
+        found = None
+        if len(header.begins) and header.begins[inside[first]] == starts[first]:
+            kind = int(header.kinds[inside[first]])
+            found = next(entry for entry, number in header.stored.items() if number == kind)
+        self._refuse_entry(
+            row, int(starts[first]), stored[int(kinds[first])], found, tensors[first]
+        )
 
     def _refuse_entry(
-        self,
-        row: int,
-        start: int,
-        dtype: str,
-        shape: tuple[int, ...],
-        entry: ParsedEntry | None,
-        tensor: str,
+        self, row: int, start: int, stored: Stored, found: Stored | None, tensor: str
     ) -> NoReturn:
         file = self.manifest.data_files[row]
-        listed = "nothing" if entry is None else f"{entry.dtype} of shape {list(entry.shape)}"
+        listed = "nothing" if found is None else f"{found[0]} of shape {list(found[1])}"
         raise DamagedCheckpointError(
-            f"the manifest has {dtype} of shape {list(shape)} at byte {start}, and the file's "
-            f"header {listed}",
+            f"the manifest has {stored[0]} of shape {list(stored[1])} at byte {start}, and the "
+            f"file's header {listed}",
             kind="header_mismatch",
             checkpoint=self.store.url,
             file=self.path(file.name),
@@ -275,3 +309,15 @@ class CheckpointFiles:
                 with self.reading(entry.name):
                     return self._read_checked(entry.name, entry.size, entry.xxh3_128, "extra file")
         return None
+
+
+def _some_bytes(columns: EntryColumns) -> EntryColumns:
+    """Without entries that hold none: they begin where the next one does, and are nobody's
+    chunk."""
+    some = columns.ends > columns.begins
+    return EntryColumns(
+        begins=columns.begins[some],
+        ends=columns.ends[some],
+        kinds=columns.kinds[some],
+        stored=columns.stored,
+    )

@@ -7,6 +7,7 @@ calls (``filesystem_store``) and the format (``sharded_writer``, ``sharded_reade
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from dcp_engine.errors import UsageError
@@ -63,7 +64,7 @@ class FileSystemWriter(ShardedWriter):
         max_inflight_bytes: int = 256 << 20,
     ) -> None:
         super().__init__(
-            lambda checkpoint_id: FileSystemStore(checkpoint_id, sync=sync_files),
+            partial(FileSystemStore, sync=sync_files),
             path,
             thread_count=thread_count,
             overwrite=overwrite,

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
 from dcp_engine.errors import DamagedCheckpointError, StorageError, UsageError
+from dcp_engine.redaction import redact_url
 from dcp_engine.registry import scheme_of
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange, StoredFile
 from storage_backends.directory_entries import (
@@ -54,7 +55,7 @@ def path_of(checkpoint_id: str | os.PathLike[str]) -> str:
     text = os.fspath(checkpoint_id)
     if scheme_of(checkpoint_id) != "file":
         raise UsageError(
-            f"{text!r} is a URL of another storage than the file system",
+            f"{redact_url(text)!r} is a URL of another storage than the file system",
             checkpoint=text,
             hint="pass it as checkpoint_id without a writer or reader, or use that storage's own",
         )

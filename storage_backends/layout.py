@@ -17,6 +17,7 @@ from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.dtypes import code_of
 from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.native_storage import ObjectReport
+from dcp_engine.planning.arrays import all_rows, padded_rows
 from dcp_engine.planning.columns import RankAssignment
 from storage_backends.tensor_bytes import box_of
 
@@ -99,39 +100,33 @@ def lay_out_assignment(
     tensors, or leaves gaps: it was made for another state than this.
     """
     _refuse_gaps(assignment, names)
-    files = [FileLayout(number=number) for number in range(len(assignment.file_data_bytes))]
-    codes: dict[torch.dtype, int] = {}
-    offsets = assignment.offsets
-    for row, (source, file, nbytes, sizes) in enumerate(
-        zip(
-            assignment.source.tolist(),
-            assignment.file.tolist(),
-            assignment.nbytes.tolist(),
-            map(tuple, assignment.sizes.tolist()),
-            strict=True,
+    # List by list: there may be a hundred thousand chunks.
+    sources = assignment.source.tolist()
+    sizes = assignment.nbytes.tolist()
+    chunk_names = [names[source] for source in sources]
+    boxes = [tensors[source] for source in sources]
+    if [box.nbytes for box in boxes] != sizes:
+        _cut_boxes(boxes, assignment, chunk_names)
+    dtypes = [box.dtype for box in boxes]
+    codes = {dtype: code_of(dtype) for dtype in set(dtypes)}
+    offsets, chunk_shapes = _places(assignment, [shapes[source] for source in sources], chunk_names)
+    ends = np.searchsorted(assignment.file, np.arange(len(assignment.file_data_bytes)), "right")
+    files: list[FileLayout] = []
+    begin = 0
+    for number, end in enumerate(ends.tolist()):
+        rows = slice(begin, end)
+        files.append(
+            FileLayout(
+                number=number,
+                names=chunk_names[rows],
+                offsets=offsets[rows],
+                codes=[codes[dtype] for dtype in dtypes[rows]],
+                shapes=chunk_shapes[rows],
+                sizes=sizes[rows],
+                data=list[Data](boxes[rows]),
+            )
         )
-    ):
-        box = tensors[source]
-        if box.nbytes != nbytes:
-            box = box_of(box, assignment.within[row].tolist(), sizes)
-            if box.nbytes != nbytes:
-                raise _misfit(
-                    f"{nbytes} bytes are assigned to a box of {tuple(box.shape)}", names[source]
-                )
-        dtype = box.dtype
-        code = codes.get(dtype)
-        if code is None:
-            code = codes[dtype] = code_of(dtype)
-        whole = shapes[source]
-        shape = sizes[: len(whole)]
-        files[file].add(
-            names[source],
-            None if shape == whole else tuple(offsets[row, : len(whole)].tolist()),
-            code,
-            shape,
-            nbytes,
-            box,
-        )
+        begin = end
     missing = [name for name in assignment.objects if name not in objects]
     if missing:
         raise _misfit("an object is assigned to this rank, which does not hold it", missing[0])
@@ -140,8 +135,45 @@ def lay_out_assignment(
     )
 
 
+def _cut_boxes(boxes: list[torch.Tensor], assignment: RankAssignment, names: Sequence[str]) -> None:
+    """Of a tensor that is larger than its chunk, only the chunk."""
+    for row, nbytes in enumerate(assignment.nbytes.tolist()):
+        if boxes[row].nbytes != nbytes:
+            box = box_of(
+                boxes[row], assignment.within[row].tolist(), assignment.sizes[row].tolist()
+            )
+            if box.nbytes != nbytes:
+                raise _misfit(
+                    f"{nbytes} bytes are assigned to a box of {tuple(box.shape)}", names[row]
+                )
+            boxes[row] = box
+
+
+def _places(
+    assignment: RankAssignment, wholes: list[tuple[int, ...]], names: Sequence[str]
+) -> tuple[list[tuple[int, ...] | None], list[tuple[int, ...]]]:
+    """Where each chunk lies in its global tensor (None: it is all of it), and its shape."""
+    width = assignment.sizes.shape[1]
+    wide = [row for row, whole in enumerate(wholes) if len(whole) > width]
+    if wide:
+        raise _misfit(f"its chunks have {width} dimensions", names[wide[0]])
+    offsets: list[tuple[int, ...] | None] = [None] * len(wholes)
+    shapes = wholes
+    is_part = ~all_rows(padded_rows(wholes, width, 1) == assignment.sizes)
+    for row in np.flatnonzero(is_part).tolist():
+        ndim = len(wholes[row])
+        offsets[row] = tuple(assignment.offsets[row, :ndim].tolist())
+        shapes[row] = tuple(assignment.sizes[row, :ndim].tolist())
+    return offsets, shapes
+
+
 def _refuse_gaps(assignment: RankAssignment, names: Sequence[str]) -> None:
-    """The chunks of each file follow each other from its begin to its planned end."""
+    """The files follow each other, and the chunks of each from its begin to its planned end."""
+    numbers = assignment.file
+    if len(numbers) and (
+        (np.diff(numbers) < 0).any() or int(numbers[-1]) >= len(assignment.file_data_bytes)
+    ):
+        raise _misfit("its chunks are not in the order of its files", None)
     for file, planned in enumerate(assignment.file_data_bytes.tolist()):
         rows = np.flatnonzero(assignment.file == file)
         nbytes = assignment.nbytes[rows]

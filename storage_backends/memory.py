@@ -145,9 +145,14 @@ class _MemoryFile(ByteStoreFile):
         self._name = name
         self._content = content
         self._lock = threading.Lock()
+        self._is_open = True
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         with self._lock:
+            if not self._is_open:
+                raise StorageError(
+                    "the file is closed already", checkpoint=self._store.url, file=self._name
+                )
             end = offset + sum(buffer.nbytes for buffer in buffers)
             data = self._content.data
             if end > len(data):
@@ -163,9 +168,11 @@ class _MemoryFile(ByteStoreFile):
         return None
 
     def close(self) -> None:
-        return None
+        with self._lock:
+            self._is_open = False
 
     def abort(self) -> None:
+        self.close()
         self._store.delete([self._name])
 
 
@@ -175,6 +182,13 @@ class MemoryBackend(ShardedBackend):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stores: dict[str, MemoryStore] = {}
+
+    def __reduce__(self) -> Any:
+        raise StorageError(
+            "a memory: store is seen by one process only, and cannot go to another",
+            kind="unsupported_storage",
+            hint="save by a thread, or to a storage that processes share",
+        )
 
     def open_store(self, url: str | os.PathLike[str], **options: Any) -> ByteStore:
         """The store of that name, made on first use. Takes no options."""

@@ -86,6 +86,12 @@ class RankSave:
         self._extra: list[ExtraFile] = []
         self._observed: str | None = None
         self._replaced: _Replaced | None = None
+        self._wrote: list[int] = []
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of data files that were handed to the medium so far; asked by any thread."""
+        return sum(self._wrote)
 
     @property
     def _is_coordinator(self) -> bool:
@@ -101,13 +107,18 @@ class RankSave:
         """Create the data directory; on the coordinator also ``owner.json``."""
         require_little_endian()
         store, ticket = self.store, self.ticket
-        if ticket.world_size > 1 and not store.shared_between_processes:
+        if (ticket.world_size > 1 or ticket.by_worker) and not store.shared_between_processes:
+            others = (
+                f"{ticket.world_size} ranks save together"
+                if ticket.world_size > 1
+                else "a worker process was to write there"
+            )
             raise StorageError(
-                f"{type(store).__name__} is seen by one process only, and {ticket.world_size} "
-                "ranks save together",
+                f"{type(store).__name__} is seen by one process only, and {others}",
                 kind="unsupported_storage",
                 checkpoint=store.url,
-                hint="choose a storage that all ranks share",
+                hint="choose a storage that all of them share"
+                + (", or save by a thread" if ticket.by_worker else ""),
             )
         self._extra_names()
         encode_user_metadata(ticket.user_metadata)
@@ -182,7 +193,7 @@ class RankSave:
             name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
             with self._writing(name, "write the data file"):
                 header = _header(file, self.ticket.save_id)
-                written.append(write_file(self.store, name, file, header, self._options, check))
+                written.append(write_file(self.store, name, file, header, self._options, check, self._wrote.append))
         digests = self._write_digests(layout, written, check)
         self._write_extra_files(self._own_extra(), check)
         check()

@@ -26,13 +26,16 @@ __all__ = ["Wanted", "read_wanted"]
 U64 = npt.NDArray[np.uint64]
 
 READ_BYTES = 2 << 20
-"""Bytes read, then checked, at a time: small enough to be in the cache still."""
+"""Bytes read, then checked, at a time: small enough to be in the cache still. A store that is slow
+to begin is asked for more."""
 READ_RANGES = 1024
 """Ranges per read: what ``preadv`` takes."""
 MAX_SPAN = 8 << 20
 """Scratch bytes of one strided part."""
 MAX_GAP = 64 << 10
 """Bytes between two runs that are read in vain rather than skipped."""
+MIN_REQUEST = 256 << 10
+"""Bytes below which a request is not divided among threads."""
 JOB_BYTES = 64 << 20
 """What one thread reads before it takes the next job."""
 
@@ -96,7 +99,7 @@ def read_wanted(
     counts: list[int] = []
 
     def run(job: _Job, job_check: Check) -> None:
-        batch = _Batch(files, job.file, job_check)
+        batch = _Batch(files, job.file, job_check, read_bytes)
         for source in job.sources:
             for transfer in _transfers(source, block_size):
                 batch.add(transfer)
@@ -104,17 +107,32 @@ def read_wanted(
         counts.append(batch.bytes_read)
 
     block_size = files.manifest.block_size
-    run_jobs(_jobs(wanted), run, threads=threads, check=check)
+    slow = files.store.preferred_read > READ_BYTES
+    if slow:
+        job_bytes = _even_share(sum(row.tensor.nbytes for row in wanted), threads, files)
+    else:
+        job_bytes = JOB_BYTES
+    read_bytes = job_bytes if slow else READ_BYTES
+    run_jobs(_jobs(wanted, job_bytes, block_size), run, threads=threads, check=check)
     return sum(counts)
 
 
-def _jobs(wanted: Sequence[Wanted]) -> Iterator[_Job]:
-    """Jobs of about ``JOB_BYTES``; ``wanted`` is sorted by file."""
+def _even_share(nbytes: int, threads: int, files: CheckpointFiles) -> int:
+    """Bytes of a job that is one request, so that all threads have as many jobs, about the size
+    that the store prefers: with jobs of just that size, most would wait for the last few."""
+    rounds = max(1, round(nbytes / (threads * files.store.preferred_read)))
+    block_size = files.manifest.block_size
+    share = -(-nbytes // (threads * rounds * block_size)) * block_size
+    return max(share, MIN_REQUEST)
+
+
+def _jobs(wanted: Sequence[Wanted], job_bytes: int, block_size: int) -> Iterator[_Job]:
+    """Jobs of about ``job_bytes``; ``wanted`` is sorted by file."""
     sources: list[_Source] = []
     held = 0
     file = -1
     for row in wanted:
-        if sources and (row.file != file or held >= JOB_BYTES):
+        if sources and (row.file != file or held >= job_bytes):
             yield _Job(file, sources)
             sources, held = [], 0
         file = row.file
@@ -122,13 +140,21 @@ def _jobs(wanted: Sequence[Wanted]) -> Iterator[_Job]:
             sources.append(_Source(row, 0, 0, False))
             held += row.tensor.nbytes
             continue
-        for begin in range(0, row.nbytes, JOB_BYTES):
-            end = min(begin + JOB_BYTES, row.nbytes)
-            if sources and held + end - begin > JOB_BYTES:
-                yield _Job(file, sources)
-                sources, held = [], 0
+        begin = 0
+        while begin < row.nbytes:
+            room = max(job_bytes - held, 0)
+            # A cut inside a block would read that block twice.
+            end = row.nbytes if row.nbytes - begin <= room else begin + room - room % block_size
+            if end == begin:
+                if not sources:
+                    end = min(begin + max(job_bytes, block_size), row.nbytes)
+                else:
+                    yield _Job(file, sources)
+                    sources, held = [], 0
+                    continue
             sources.append(_Source(row, begin, end, True))
             held += end - begin
+            begin = end
     if sources:
         yield _Job(file, sources)
 
@@ -212,12 +238,15 @@ class _Scratch:
 class _Batch:
     """Collects ranges of one file, reads them at one go, checks them, copies what has to be."""
 
-    def __init__(self, files: CheckpointFiles, file: int, check: Check) -> None:
+    def __init__(
+        self, files: CheckpointFiles, file: int, check: Check, read_bytes: int = READ_BYTES
+    ) -> None:
         self._files = files
         self._file = files.manifest.data_files[file]
         self._path = files.path(self._file.name)
         self._block_size = files.manifest.block_size
         self._check = check
+        self._read_bytes = read_bytes
         self._scratch = _Scratch()
         self._ranges: list[ReadRange] = []
         self._held = 0
@@ -241,7 +270,7 @@ class _Batch:
             self._checks.append((wanted, low, [view]))
         else:
             self._add_widened(wanted, begin, end, low, high, view)
-        if self._held >= READ_BYTES or len(self._ranges) >= READ_RANGES:
+        if self._held >= self._read_bytes or len(self._ranges) >= READ_RANGES:
             self.flush()
 
     def _add_strided(

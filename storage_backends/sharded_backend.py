@@ -6,6 +6,7 @@ Belongs here: ``ShardedBackend``, the base class for whoever has a ``ByteStore``
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from dcp_engine.registry import Backend
@@ -25,12 +26,12 @@ class ShardedBackend(Backend):
     def writer(self, checkpoint_id: str | os.PathLike[str], **options: Any) -> StorageWriter:
         """A ``ShardedWriter``; see there for its options."""
         own, rest = _split(options, ShardedWriter.OPTIONS)
-        return ShardedWriter(lambda url: self.open_store(url, **rest), checkpoint_id, **own)
+        return ShardedWriter(partial(self.open_store, **rest), checkpoint_id, **own)
 
     def reader(self, checkpoint_id: str | os.PathLike[str], **options: Any) -> StorageReader:
         """A ``ShardedReader``; see there for its options."""
         own, rest = _split(options, ShardedReader.OPTIONS)
-        return ShardedReader(lambda url: self.open_store(url, **rest), checkpoint_id, **own)
+        return ShardedReader(partial(self.open_store, **rest), checkpoint_id, **own)
 
 
 def _split(options: dict[str, Any], known: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.futures import Future
 
@@ -23,6 +24,7 @@ from dcp_engine.native_storage import ColumnarReader, CommitRecord
 from dcp_engine.plan import LoadPlan
 from dcp_engine.planner import LoadPlanner
 from dcp_engine.planning.columns import LoadColumns
+from dcp_engine.redaction import redact_url
 from dcp_engine.storage import ByteStore, Check
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.item_reads import ReadingRank, load_objects, want_items
@@ -105,7 +107,7 @@ class ShardedReader(ColumnarReader):
     def checkpoint(self) -> str:
         if self._store is not None:
             return self._store.url
-        return "" if self._checkpoint_id is None else os.fspath(self._checkpoint_id)
+        return "" if self._checkpoint_id is None else redact_url(os.fspath(self._checkpoint_id))
 
     def open_checkpoint(
         self, checkpoint_id: CheckpointId | None, expected: CommitRecord | None = None
@@ -172,6 +174,7 @@ class ShardedReader(ColumnarReader):
         check: Check,
     ) -> int:
         files = self._opened(manifest)
+        files.prefetch(np.unique(plan.file).tolist(), threads=self._threads, check=check)
         wanted = wanted_of_columns(files, plan, tensors)
         small = read_small(files, wanted.small, threads=self._threads, check=check)
         return small + read_wanted(files, wanted.boxes, threads=self._threads, check=check)
@@ -197,6 +200,9 @@ class ShardedReader(ColumnarReader):
         )
         read_wanted(files, checked(files, [wanted]), threads=1, check=_nothing_to_check)
         return data.numpy().tobytes()
+
+    def block_digests(self, manifest: Manifest, file: int, start: int) -> bytes:
+        return self._opened(manifest).block_digests(file, start)
 
     def read_extra(self, manifest: Manifest, name: str) -> bytes:
         files = self._opened(manifest)
@@ -258,7 +264,11 @@ class ShardedReader(ColumnarReader):
             )
         manifest, url = files.manifest, files.store.url
         items = want_items(plan.items, manifest, planner, place=self._place, checkpoint=url)
-        wanted = checked(files, wanted_of_items(items, checkpoint=url))
+        rows = wanted_of_items(items, checkpoint=url)
+        files.prefetch(
+            {row.file for row in rows}, threads=self._threads, check=_nothing_to_check
+        )
+        wanted = checked(files, rows)
         read_wanted(files, wanted, threads=self._threads, check=_nothing_to_check)
         for want in items:
             planner.commit_tensor(want.item, want.tensor)

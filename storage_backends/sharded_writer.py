@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from dcp_engine.coordination.group import run_identity
-from dcp_engine.errors import CheckpointError, UsageError
+from dcp_engine.coordination.identity import run_identity
+from dcp_engine.errors import CheckpointError, NotFoundError, UsageError
 from dcp_engine.format.digest import DEFAULT_BLOCK_SIZE, check_block_size
 from dcp_engine.format.manifest import Manifest
 from dcp_engine.format.names import new_save_id
@@ -29,6 +29,7 @@ from dcp_engine.native_storage import (
 from dcp_engine.plan import SavePlan
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
+from dcp_engine.redaction import redact_url
 from dcp_engine.storage import ByteStore, Check, WriteResult
 from storage_backends.item_results import (
     PLANNER_DATA_NAME,
@@ -120,7 +121,21 @@ class ShardedWriter(ColumnarWriter):
     def checkpoint(self) -> str:
         if self._store is not None:
             return self._store.url
-        return "" if self._checkpoint_id is None else os.fspath(self._checkpoint_id)
+        return "" if self._checkpoint_id is None else redact_url(os.fspath(self._checkpoint_id))
+
+    @property
+    def bytes_written(self) -> int:
+        return 0 if self._save is None else self._save.bytes_written
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was told; a save that is under way stays here."""
+        return {
+            **self.__dict__,
+            "_store": None,
+            "_save": None,
+            "_observed": None,
+            "_ticket": None,
+        }
 
     def _point_to(self, checkpoint_id: CheckpointId | None) -> ByteStore:
         """The store of ``checkpoint_id``, or of where the writer points already."""
@@ -204,6 +219,19 @@ class ShardedWriter(ColumnarWriter):
                 return read_manifest(store, expected=record)[0]
 
         return load
+
+    def find_commit(
+        self, checkpoint_id: CheckpointId | None, save_id: str
+    ) -> CommitRecord | None:
+        where = self._checkpoint_id if checkpoint_id is None else checkpoint_id
+        if where is None:
+            return None
+        with self._open_store(where) as store:
+            try:
+                record = read_manifest(store)[1]
+            except NotFoundError:
+                return None
+        return record if record.save_id == save_id else None
 
     def remove_replaced(self) -> None:
         self._current().remove_replaced()

@@ -16,6 +16,9 @@ import torch
 
 from dcp_engine.format.digest import digest_value
 from dcp_engine.format.dtypes import code_of, info, stored_shape
+from dcp_engine.format.shard_file import Stored
+from dcp_engine.geometry.columns import group_rows
+from dcp_engine.planning.arrays import all_rows, row_products
 from dcp_engine.planning.columns import LoadColumns
 from dcp_engine.storage import Check, ReadRange
 from storage_backends.checkpoint_files import CheckpointFiles
@@ -32,6 +35,8 @@ JOB_BYTES = 4 << 20
 """Bytes read, then checked, at a time: small enough to be in the cache still."""
 JOB_ROWS = 1024
 """Rows per read: what ``preadv`` takes."""
+SLOW_ROWS = 16 * JOB_ROWS
+"""Rows per read of a store that is slow to begin."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,58 +62,66 @@ def small_rows(
 
     Raises ``DamagedCheckpointError``, or ``ConflictError(kind="superseded")``.
     """
-    nbytes = plan.itemsize * plan.chunk_sizes.prod(axis=1)
+    nbytes = plan.itemsize * row_products(plan.chunk_sizes)
     is_small = (nbytes <= files.manifest.block_size) & (nbytes > 0)
-    is_small &= (plan.lengths == plan.chunk_sizes).all(axis=1) & (plan.within == 0).all(axis=1)
-    kept: list[int] = []
-    taken: list[torch.Tensor] = []
-    stored: list[tuple[str, tuple[int, ...]]] = []
-    known: dict[tuple[torch.dtype, tuple[int, ...], int], tuple[str, tuple[int, ...]]] = {}
+    is_small &= all_rows((plan.lengths == plan.chunk_sizes) & (plan.within == 0))
     rows = np.flatnonzero(is_small)
-    for row, dest, ndim, itemsize, size, sizes in zip(
-        rows.tolist(),
-        plan.dest[rows].tolist(),
-        plan.ndims[rows].tolist(),
-        plan.itemsize[rows].tolist(),
-        nbytes[rows].tolist(),
-        map(tuple, plan.chunk_sizes[rows].tolist()),
-        strict=True,
-    ):
-        tensor = tensors[dest]
-        dtype = tensor.dtype
-        # A destination that does not fit is refused where the others are.
-        if tensor.nbytes != size or dtype.itemsize != itemsize or not has_viewable_memory(tensor):
-            continue
-        entry = known.get((dtype, sizes, ndim))
-        if entry is None:
-            entry = known[dtype, sizes, ndim] = stored_shape(info(code_of(dtype)), sizes[:ndim])
-        kept.append(row)
-        taken.append(tensor)
-        stored.append(entry)
-    is_small[:] = False
-    is_small[kept] = True
-    names = [plan.names[row] for row in plan.tensor[kept].tolist()]
+    taken = [tensors[dest] for dest in plan.dest[rows].tolist()]
+    dtypes = [tensor.dtype for tensor in taken]
+    by_dtype = {dtype: code_of(dtype) for dtype in set(dtypes)}
+    codes = np.fromiter(map(by_dtype.__getitem__, dtypes), np.int64, len(rows))
+    sizes = np.zeros(max(by_dtype.values(), default=-1) + 1, np.int64)
+    for dtype, code in by_dtype.items():
+        sizes[code] = dtype.itemsize
+    # A destination that does not fit is refused where the others are.
+    fits = np.fromiter(map(has_viewable_memory, taken), np.bool_, len(rows))
+    fits &= np.array([tensor.nbytes for tensor in taken], np.int64) == nbytes[rows]
+    fits &= sizes[codes] == plan.itemsize[rows]
+    if not fits.all():
+        taken = [tensors[dest] for dest in plan.dest[rows[fits]].tolist()]
+        rows, codes = rows[fits], codes[fits]
+    names = [plan.names[row] for row in plan.tensor[rows].tolist()]
     small = SmallRows(
-        file=plan.file[kept].astype(np.int64),
-        start=plan.chunk_start[kept],
-        nbytes=nbytes[kept],
+        file=plan.file[rows].astype(np.int64),
+        start=plan.chunk_start[rows],
+        nbytes=nbytes[rows],
         names=names,
         tensors=taken,
         digests=None,
     )
-    _compare_headers(files, small, stored)
-    return _with_digests(files, small), np.flatnonzero(~is_small)
+    _compare_headers(files, small, *_stored_kinds(plan, rows, codes))
+    others = np.ones(len(nbytes), np.bool_)
+    others[rows] = False
+    return _with_digests(files, small), np.flatnonzero(others)
+
+
+def _stored_kinds(plan: LoadColumns, rows: I64, codes: I64) -> tuple[list[Stored], I64]:
+    """The different dtypes and shapes among ``rows``, as headers list them, and each row's."""
+    if not len(rows):
+        return [], rows
+    ndims, sizes = plan.ndims[rows].astype(np.int64), plan.chunk_sizes[rows]
+    kinds, count = group_rows([codes, ndims, *sizes.T])
+    example = np.empty(count, np.int64)
+    example[kinds] = np.arange(len(kinds))
+    stored = [
+        stored_shape(info(code), tuple(shape[:ndim]))
+        for code, ndim, shape in zip(
+            codes[example].tolist(), ndims[example].tolist(), sizes[example].tolist(), strict=True
+        )
+    ]
+    return stored, kinds
 
 
 def _compare_headers(
-    files: CheckpointFiles, rows: SmallRows, stored: Sequence[tuple[str, tuple[int, ...]]]
+    files: CheckpointFiles, rows: SmallRows, stored: list[Stored], kinds: I64
 ) -> None:
     for begin, end in _of_one_file(rows.file):
         files.compare_entries(
             int(rows.file[begin]),
-            rows.start[begin:end].tolist(),
-            stored[begin:end],
-            rows.nbytes[begin:end].tolist(),
+            rows.start[begin:end],
+            rows.nbytes[begin:end],
+            stored,
+            kinds[begin:end],
             rows.names[begin:end],
         )
 
@@ -134,8 +147,11 @@ def read_small(files: CheckpointFiles, rows: SmallRows, *, threads: int, check: 
     Raises ``DamagedCheckpointError`` for a chunk that is not what was written, naming file and
     tensor: then the destinations are partly filled.
     """
+    job_bytes, job_rows = JOB_BYTES, JOB_ROWS
+    if files.store.preferred_read > JOB_BYTES:
+        job_bytes, job_rows = files.store.preferred_read, SLOW_ROWS
     run_jobs(
-        _jobs(rows),
+        _jobs(rows, job_bytes, job_rows),
         lambda job, job_check: _read_job(files, rows, *job, job_check),
         threads=threads,
         check=check,
@@ -143,13 +159,13 @@ def read_small(files: CheckpointFiles, rows: SmallRows, *, threads: int, check: 
     return int(rows.nbytes.sum())
 
 
-def _jobs(rows: SmallRows) -> Iterator[tuple[int, int]]:
+def _jobs(rows: SmallRows, job_bytes: int, job_rows: int) -> Iterator[tuple[int, int]]:
     ends = np.cumsum(rows.nbytes)
     for begin, stop in _of_one_file(rows.file):
         while begin < stop:
             held = int(ends[begin] - rows.nbytes[begin])
-            end = int(np.searchsorted(ends, held + JOB_BYTES, side="right"))
-            end = min(max(end, begin + 1), begin + JOB_ROWS, stop)
+            end = int(np.searchsorted(ends, held + job_bytes, side="right"))
+            end = min(max(end, begin + 1), begin + job_rows, stop)
             yield begin, end
             begin = end
 

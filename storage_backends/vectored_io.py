@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from dcp_engine.storage import ReadRange
 
@@ -44,53 +45,66 @@ def start_write_back(descriptor: int, offset: int, nbytes: int) -> None:
         _sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
-def _advance(buffers: list[memoryview], begin: int, done: int) -> int:
-    """Skip ``done`` bytes from ``buffers[begin:]``; a buffer half done is cut in place."""
-    while done:
-        length = buffers[begin].nbytes
-        if done < length:
-            buffers[begin] = buffers[begin][done:]
-            return begin
-        done -= length
+def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of ``buffers`` behind their first ``done`` bytes."""
+    begin = 0
+    while begin < len(buffers) and done >= buffers[begin].nbytes:
+        done -= buffers[begin].nbytes
         begin += 1
-    return begin
+    return [buffers[begin][done:], *buffers[begin + 1 :]] if done else buffers[begin:]
+
+
+def _for_each_call(
+    buffers: Sequence[memoryview], offset: int, call: Callable[[list[memoryview], int], int]
+) -> None:
+    """Have ``call(some buffers, offset)`` work through all of them; it says how many bytes it
+    did, which may be any number above 0."""
+    for begin in range(0, len(buffers), _IOV_MAX):
+        part = list(buffers[begin : begin + _IOV_MAX])
+        sizes = [buffer.nbytes for buffer in part]
+        if 0 in sizes:
+            part = [buffer for buffer in part if buffer.nbytes]
+        left = sum(sizes)
+        while left:
+            done = call(part, offset)
+            offset += done
+            left -= done
+            if left:  # rare
+                part = _rest(part, done)
 
 
 def pwrite_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:
     """Write ``buffers`` one behind the other from ``offset``. EINTR is Python's business."""
-    pending = [buffer for buffer in buffers if buffer.nbytes]
-    begin = 0
-    while begin < len(pending):
-        done = os.pwritev(descriptor, pending[begin : begin + _IOV_MAX], offset)
+
+    def call(part: list[memoryview], at: int) -> int:
+        done = os.pwritev(descriptor, part, at)
         if done <= 0:
             raise OSError("the system wrote nothing and gave no reason")
-        offset += done
-        begin = _advance(pending, begin, done)
+        return done
+
+    _for_each_call(buffers, offset, call)
 
 
 def pread_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:
     """Fill ``buffers`` one behind the other from ``offset``; ``EOFError`` if the file ends."""
-    pending = [buffer for buffer in buffers if buffer.nbytes]
-    begin = 0
-    while begin < len(pending):
-        done = os.preadv(descriptor, pending[begin : begin + _IOV_MAX], offset)
+
+    def call(part: list[memoryview], at: int) -> int:
+        done = os.preadv(descriptor, part, at)
         if done == 0:
-            raise EOFError(f"the file ends before byte {offset + 1}")
-        offset += done
-        begin = _advance(pending, begin, done)
+            raise EOFError(f"the file ends before byte {at + 1}")
+        return done
+
+    _for_each_call(buffers, offset, call)
 
 
 def adjacent(ranges: Sequence[ReadRange]) -> Iterator[tuple[int, list[memoryview]]]:
     """Ranges that follow each other in the file, as one offset and many buffers."""
-    begin = end = 0
-    buffers: list[memoryview] = []
-    for item in ranges:
-        if buffers and item.offset != end:
-            yield begin, buffers
-            buffers = []
-        if not buffers:
-            begin = end = item.offset
-        buffers.append(item.buffer)
-        end += item.buffer.nbytes
-    if buffers:
-        yield begin, buffers
+    buffers = [item.buffer for item in ranges]
+    begins = [item.offset for item in ranges]
+    ends = [begin + buffer.nbytes for begin, buffer in zip(begins, buffers, strict=True)]
+    breaks = [0, len(ranges)]
+    if begins[1:] != ends[:-1]:
+        breaks[1:1] = [row for row in range(1, len(ranges)) if begins[row] != ends[row - 1]]
+    for first, last in pairwise(breaks):
+        if first < last:
+            yield begins[first], buffers[first:last]

@@ -18,6 +18,7 @@ import torch
 from dcp_engine.collector import collector_paused
 from dcp_engine.errors import InvalidPlanError, StateMismatchError
 from dcp_engine.format.dtypes import code_of, info, stored_shape
+from dcp_engine.format.shard_file import Stored
 from dcp_engine.planning.columns import LoadColumns
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.digest_rows import digest_rows
@@ -159,22 +160,24 @@ def checked(files: CheckpointFiles, wanted: Sequence[Wanted]) -> list[Wanted]:
     Raises ``DamagedCheckpointError``, or ``ConflictError(kind="superseded")``.
     """
     codes: dict[torch.dtype, int] = {}
-    stored: list[tuple[str, tuple[int, ...]]] = []
-    for row in wanted:
+    stored: dict[Stored, int] = {}
+    kinds = np.empty(len(wanted), np.int64)
+    for at, row in enumerate(wanted):
         dtype = row.tensor.dtype
         code = codes.get(dtype)
         if code is None:
             code = codes[dtype] = code_of(dtype)
-        stored.append(stored_shape(info(code), row.sizes))
+        kinds[at] = stored.setdefault(stored_shape(info(code), row.sizes), len(stored))
     begin = 0
     for file, group in groupby(wanted, key=lambda row: row.file):
         rows = list(group)
         end = begin + len(rows)
         files.compare_entries(
             file,
-            [row.start for row in rows],
-            stored[begin:end],
-            [row.nbytes for row in rows],
+            np.array([row.start for row in rows], np.int64),
+            np.array([row.nbytes for row in rows], np.int64),
+            list(stored),
+            kinds[begin:end],
             [row.name for row in rows],
         )
         begin = end

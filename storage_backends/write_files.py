@@ -6,7 +6,7 @@ Belongs here: cutting a file into jobs, and doing them. Does not belong here: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,10 +93,12 @@ def write_file(
     header: bytes,
     options: WriteOptions,
     check: Check,
+    wrote: Callable[[int], None],
 ) -> WrittenFile:
     """Write, sync and close file ``name``. On any failure nothing of it remains.
 
-    ``header`` is all that stands before the data section. ``check`` is called before each write.
+    ``header`` is all that stands before the data section. ``check`` is called before each write,
+    ``wrote`` after it with the number of bytes, from any of the writing threads.
     Raises ``InvalidPlanError(kind="results_mismatch")`` if the medium holds another number of
     bytes afterwards.
     """
@@ -108,7 +110,7 @@ def write_file(
         file.write([memoryview(header)], 0)
         run_jobs(
             _cut(plan, options.job_bytes),
-            lambda job, job_check: _write_job(file, plan, job, job_check),
+            lambda job, job_check: _write_job(file, plan, job, job_check, wrote),
             threads=options.threads if store.random_write else 1,
             check=check,
         )
@@ -184,32 +186,54 @@ def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
     yield _Job(row, row + 1, begin, nbytes)
 
 
-def _write_job(file: ByteStoreFile, plan: _Plan, job: _Job, check: Check) -> None:
+def _write_job(
+    file: ByteStoreFile, plan: _Plan, job: _Job, check: Check, wrote: Callable[[int], None]
+) -> None:
     first, last, begin, end = job
     layout, block_size = plan.layout, plan.block_size
-    batch = _Batch(file, plan.data_start + int(plan.starts[first]) + begin, check)
+    batch = _Batch(file, plan.data_start + int(plan.starts[first]) + begin, check, wrote)
     if end:
         _write_piece(batch, plan, first, begin, end)
         batch.flush()
         return
-    at = int(plan.first_blocks[first])
-    # The digests of pieces of one block, since row ``at``.
-    small: list[int] = []
-    views = MemoryViews()
-    row = first
-    for data, nbytes in zip(layout.data[first:last], layout.sizes[first:last], strict=True):
-        if 0 < nbytes <= block_size and type(data) is torch.Tensor and has_viewable_memory(data):
-            view = views.of(data, nbytes)
-            small.append(digest_value(view))
-            batch.add(view, nbytes)
-        else:
-            plan.digests[at : at + len(small)] = small
-            _write_piece(batch, plan, row, 0, nbytes)
-            at += len(small) + block_count(nbytes, block_size)
-            small = []
-        row += 1
-    plan.digests[at : at + len(small)] = small
+    for begin, end in _groups(plan, first, last):
+        views = _small_views(layout.data[begin:end], layout.sizes[begin:end], block_size)
+        if views is None:
+            for row in range(begin, end):
+                _write_piece(batch, plan, row, 0, layout.sizes[row])
+            continue
+        at = int(plan.first_blocks[begin])
+        plan.digests[at : at + len(views)] = list(map(digest_value, views))
+        batch.extend(views, int(plan.starts[end - 1] - plan.starts[begin]) + layout.sizes[end - 1])
     batch.flush()
+
+
+def _groups(plan: _Plan, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Pieces ``first`` to ``last`` in stretches that fit into one call."""
+    while first < last:
+        end = int(np.searchsorted(plan.starts, plan.starts[first] + WRITE_BYTES, side="right")) - 1
+        end = min(max(end, first + 1), first + WRITE_BUFFERS, last)
+        yield first, end
+        first = end
+
+
+def _small_views(
+    data: Sequence[Data], sizes: Sequence[int], block_size: int
+) -> list[memoryview] | None:
+    """The memory of pieces of one block or less each; None if one of them is anything else. Of
+    these there may be a hundred thousand."""
+    memory = MemoryViews()
+    views: list[memoryview] = []
+    for piece, nbytes in zip(data, sizes, strict=True):
+        if not (
+            type(piece) is torch.Tensor
+            and 0 < nbytes <= block_size
+            and nbytes == piece.nbytes
+            and has_viewable_memory(piece)
+        ):
+            return None
+        views.append(memory.of(piece, nbytes))
+    return views
 
 
 def _write_piece(batch: _Batch, plan: _Plan, row: int, begin: int, end: int) -> None:
@@ -271,16 +295,28 @@ def _write_copies(batch: _Batch, data: torch.Tensor, digests: U64, block_size: i
 class _Batch:
     """Collects buffers that follow each other, and writes them a few megabytes at a time."""
 
-    def __init__(self, file: ByteStoreFile, offset: int, check: Check) -> None:
+    def __init__(
+        self, file: ByteStoreFile, offset: int, check: Check, wrote: Callable[[int], None]
+    ) -> None:
         self._file = file
         self._offset = offset
         self._check = check
+        self._wrote = wrote
         self._buffers: list[memoryview] = []
         self._held = 0
 
     def add(self, view: memoryview, nbytes: int) -> None:
         """The next ``nbytes`` bytes."""
         self._buffers.append(view)
+        self._held += nbytes
+        if self._held >= WRITE_BYTES or len(self._buffers) >= WRITE_BUFFERS:
+            self.flush()
+
+    def extend(self, views: list[memoryview], nbytes: int) -> None:
+        """The next ``nbytes`` bytes, no more than one call writes."""
+        if self._held + nbytes > WRITE_BYTES or len(self._buffers) + len(views) > WRITE_BUFFERS:
+            self.flush()
+        self._buffers += views
         self._held += nbytes
         if self._held >= WRITE_BYTES or len(self._buffers) >= WRITE_BUFFERS:
             self.flush()
@@ -292,4 +328,5 @@ class _Batch:
         self._check()
         self._file.write(self._buffers, self._offset)
         self._offset += self._held
+        self._wrote(self._held)
         self._buffers, self._held = [], 0

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import torch.distributed as dist
@@ -33,12 +33,14 @@ from dcp_engine.coordination.interface import (
     Deadlines,
     Decision,
     Operation,
+    OperationKind,
     Outcome,
     RunIdentity,
     Session,
 )
 from dcp_engine.coordination.liveness import describe_missing
 from dcp_engine.coordination.messages import Heading, Report, decode, encode
+from dcp_engine.coordination.numbers import Numbers
 from dcp_engine.errors import CoordinationError, UsageError
 
 __all__ = ["CollectiveOperation", "CollectiveSession"]
@@ -289,18 +291,18 @@ class CollectiveSession(Session):
         self.identity = identity
         self._group = group
         self._info = info
-        self._next = 0
+        self._numbers = Numbers()
         self._busy = threading.Lock()
-        self._lock = threading.Lock()
         self._closed = False
 
     def begin(
         self,
-        kind: Literal["save", "load"],
+        kind: OperationKind,
         checkpoint_id: str,
         *,
         deadlines: Deadlines,
         coordinator_rank: int = 0,
+        number: int | None = None,
     ) -> CollectiveOperation:
         """Take the next number; see the interface."""
         if self._closed:
@@ -311,14 +313,19 @@ class CollectiveSession(Session):
                 f"{self.world_size - 1}",
                 checkpoint=checkpoint_id,
             )
-        with self._lock:
-            number, self._next = self._next, self._next + 1
         heading = Heading(
-            number=number, kind=kind, checkpoint=checkpoint_id, coordinator=coordinator_rank
+            number=self._numbers.given(number),
+            kind=kind,
+            checkpoint=checkpoint_id,
+            coordinator=coordinator_rank,
         )
         return CollectiveOperation(
             heading, group=self._group, info=self._info, deadlines=deadlines, busy=self._busy
         )
+
+    def take_number(self) -> int:
+        """The next number; see the interface."""
+        return self._numbers.take()
 
     def close(self) -> None:
         """The group belongs to the caller."""

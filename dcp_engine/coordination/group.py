@@ -9,18 +9,16 @@ memory and without a second group.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dcp_engine.coordination.interface import RunIdentity
+from dcp_engine.coordination.address import StoreAddress, address_of, connect
+from dcp_engine.coordination.identity import restart_count, run_id
 from dcp_engine.coordination.store_client import KeyValueStore
 from dcp_engine.errors import UsageError
 
@@ -29,7 +27,6 @@ __all__ = [
     "StoreAccess",
     "describe_group",
     "has_cpu_backend",
-    "run_identity",
     "store_access",
 ]
 
@@ -55,7 +52,13 @@ class StoreAccess:
     """A store, and how to get connections of one's own to it."""
 
     connect: Callable[[], KeyValueStore]
-    location: str
+    """A connection, with the job's own prefix: two jobs may share a store."""
+    address: StoreAddress
+
+    @property
+    def location(self) -> str:
+        """For messages."""
+        return "this process's memory" if self.address.kind == "memory" else str(self.address)
 
 
 def describe_group(process_group: dist.ProcessGroup | None) -> GroupInfo:
@@ -113,33 +116,15 @@ def store_access(process_group: dist.ProcessGroup | None) -> StoreAccess | None:
         store = c10d._get_default_store()
     except ValueError:
         return None
-    base, location = _underlying(store)
-    if base is None:
+    address = address_of(store)
+    if address is None:
         return None
-    if isinstance(base, _stores.TCPStore):
-        host, port = base.host, base.port
-        return StoreAccess(
-            connect=lambda: cast(KeyValueStore, _clone(store) or _reconnect(host, port)),
-            location=location,
-        )
-    if isinstance(base, _stores.FileStore):
-        return StoreAccess(
-            connect=lambda: cast(KeyValueStore, _clone(store) or _OneForAll(store)),
-            location=location,
-        )
-    return StoreAccess(connect=lambda: _OneForAll(store), location=location)
-
-
-def _underlying(store: Any) -> tuple[Any, str]:
-    while isinstance(store, _stores.PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, _stores.TCPStore):
-        return store, f"{store.host}:{store.port}"
-    if isinstance(store, _stores.FileStore):
-        return store, str(store.path)
-    if isinstance(store, _stores.HashStore):
-        return store, "this process's memory"
-    return None, ""
+    if address.kind == "memory":
+        return StoreAccess(connect=lambda: _OneForAll(store), address=address)
+    return StoreAccess(
+        connect=lambda: cast(KeyValueStore, _clone(store) or _reconnect(address)),
+        address=address,
+    )
 
 
 def _clone(store: Any) -> Any:
@@ -148,14 +133,10 @@ def _clone(store: Any) -> Any:
     return clone() if clone is not None else None
 
 
-def _reconnect(host: str, port: int) -> Any:
+def _reconnect(address: StoreAddress) -> Any:
     """For a torch that cannot clone: the prefixes are lost, but another attempt of the same job
     has other keys, and the nonces of the handshake keep strangers out."""
-    attempt = f"{_run_id()}.{_restart_count()}"
-    base = _stores.TCPStore(
-        host, port, None, False, timeout=timedelta(seconds=300), wait_for_workers=False
-    )
-    return _stores.PrefixStore(attempt, base)
+    return _stores.PrefixStore(f"{run_id()}.{restart_count()}", connect(address, 300.0))
 
 
 class _OneForAll:
@@ -194,37 +175,6 @@ class _OneForAll:
 
     def multi_set(self, keys: list[str], values: list[bytes], /) -> None:
         self._store.multi_set(keys, values)
-
-
-def run_identity(group: str) -> RunIdentity:
-    """Who this process is. ``run_id`` is empty where nothing names the run: two empty run ids
-    do not mean the same run."""
-    return RunIdentity(
-        run_id=_run_id(),
-        restart_count=_restart_count(),
-        group=group,
-        host=socket.gethostname(),
-        boot_id=_boot_id(),
-        pid=os.getpid(),
-    )
-
-
-def _run_id() -> str:
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # torchrun calls every run "none" that was started without --rdzv-id
-    return "" if run_id == "none" else run_id
-
-
-def _restart_count() -> int:
-    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(text) if text.isdigit() else 0
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""  # not Linux: no process can then be proved dead
 
 
 def has_cpu_backend(process_group: dist.ProcessGroup | None) -> bool:

@@ -13,8 +13,20 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-__all__ = ["Deadlines", "Decision", "Operation", "Outcome", "RunIdentity", "Session"]
+from dcp_engine.errors import UsageError
 
+__all__ = [
+    "Deadlines",
+    "Decision",
+    "Operation",
+    "OperationKind",
+    "Outcome",
+    "RunIdentity",
+    "Session",
+    "SessionHandle",
+]
+
+OperationKind = Literal["save", "load", "barrier"]
 Outcome = Literal["commit", "abort"]
 
 
@@ -51,8 +63,8 @@ class RunIdentity:
 
 
 class Operation(abc.ABC):
-    """One numbered save or load, on every rank of the session's group. A context manager: leaving
-    it stops its heartbeats and removes its keys."""
+    """One numbered save, load or barrier, on every rank of the session's group. A context manager:
+    leaving it stops its heartbeats and removes its keys."""
 
     rank: int
     world_size: int
@@ -112,6 +124,21 @@ class Operation(abc.ABC):
         self.close()
 
 
+class SessionHandle(abc.ABC):
+    """A session on its way to another process; picklable. Made by ``Session.handle``."""
+
+    rank: int
+    world_size: int
+    identity: RunIdentity
+    """Of the process that opened the session."""
+
+    @abc.abstractmethod
+    def attach(self) -> Session:
+        """The same session for the calling process, which stands for the one that opened it: no
+        handshake, no message. Its identity is the run of that one and the process of this one. It
+        takes no numbers of its own: ``begin`` needs ``number=``."""
+
+
 class Session(abc.ABC):
     """A group of ranks that can run operations together, one after the other or several at once
     from different threads if every rank begins them in the same order."""
@@ -123,14 +150,47 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def begin(
         self,
-        kind: Literal["save", "load"],
+        kind: OperationKind,
         checkpoint_id: str,
         *,
         deadlines: Deadlines,
         coordinator_rank: int = 0,
+        number: int | None = None,
     ) -> Operation:
-        """Take the next number, on the calling thread. No waiting and no message to others; ranks
-        that turn out to be in different operations get ``out_of_step``, naming both."""
+        """Take the next number, on the calling thread, or go on with one that was taken before.
+        No waiting and no message to others; ranks that turn out to be in different operations get
+        ``out_of_step``, naming both.
+
+        A number is begun by one process a rank: this one, or one that attached to the session.
+        """
+
+    @abc.abstractmethod
+    def take_number(self) -> int:
+        """The next number, for ``begin(number=...)``, here or in a process that attached to this
+        session (``handle``), at any time. Ranks have to take their numbers in one order."""
+
+    def handle(self) -> SessionHandle:
+        """What another process needs to stand for this rank in this session.
+
+        Raises:
+            UsageError: the session cannot be reached from another process.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} cannot be continued in another process",
+            hint="initialize the process group with a TCPStore or a FileStore, or save with "
+            "threads instead of a worker process",
+        )
+
+    def report_death(
+        self, number: int, *, coordinator_rank: int, error: BaseException
+    ) -> Outcome | None:
+        """The process that had begun operation ``number`` for this rank is dead: every other rank
+        fails with ``error`` of this rank, unless the operation was over for it.
+
+        Returns how the save ends by the decision key, None where only the dead process knew.
+        Raises ``CoordinationError(kind="store_lost")`` when it cannot be known.
+        """
+        return None
 
     def data_store(self, number: int) -> Any:
         """A c10d store (torch's type stubs do not name the class) for a process group that

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from dcp_engine.coordination.failures import FailureRecord
+from dcp_engine.coordination.interface import OperationKind
 
 __all__ = ["Event", "FailureVerdict", "Heading", "Report", "decode", "encode"]
 
@@ -18,7 +19,7 @@ class Heading(msgspec.Struct, frozen=True, array_like=True):
     """Which operation a message belongs to."""
 
     number: int
-    kind: Literal["save", "load"]
+    kind: OperationKind
     checkpoint: str
     coordinator: int
 

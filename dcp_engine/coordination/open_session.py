@@ -11,9 +11,9 @@ from dcp_engine.coordination.collective import CollectiveSession
 from dcp_engine.coordination.group import (
     describe_group,
     has_cpu_backend,
-    run_identity,
     store_access,
 )
+from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Session
 from dcp_engine.coordination.rhythm import Rhythm
 from dcp_engine.coordination.single import SingleSession
@@ -56,6 +56,7 @@ def open_session(
         return StoreSession.open(
             access.connect,
             location=access.location,
+            address=access.address,
             rank=info.rank,
             world_size=info.world_size,
             identity=identity,

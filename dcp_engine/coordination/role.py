@@ -21,7 +21,7 @@ from dcp_engine.coordination.rhythm import Rhythm
 from dcp_engine.coordination.store_client import StoreClient
 from dcp_engine.coordination.words import EVENT, FAILURE
 
-__all__ = ["Failed", "Granted", "Reply", "Role", "RoleContext", "announce_failure"]
+__all__ = ["Failed", "Granted", "Reply", "Role", "RoleContext", "announce_failure", "leave"]
 
 _LEAVER_BITS = 24
 _UNCLEAN = 1 << _LEAVER_BITS
@@ -66,6 +66,45 @@ def announce_failure(client: StoreClient, keys: OperationKeys, record: FailureRe
     index = client.add(keys.failures, 1)
     client.set(keys.failure(index), encode(record))
     client.add(keys.tally, FAILURE)
+
+
+def leave(client: StoreClient, keys: OperationKeys, *, world_size: int, clean: bool) -> None:
+    """Count a rank that has left, and if it is the last one remove all keys of the operation.
+
+    Args:
+        clean: the rank has removed its own keys.
+    """
+    left = client.add(keys.leavers, 1 if clean else 1 + _UNCLEAN)
+    if left & (_UNCLEAN - 1) == world_size:
+        _remove_shared(client, keys, world_size=world_size, all_ranks=left >= _UNCLEAN)
+
+
+def _remove_shared(
+    client: StoreClient, keys: OperationKeys, *, world_size: int, all_ranks: bool
+) -> None:
+    events = client.add(keys.tally, 0) // EVENT
+    first = int(client.get(keys.first_event)) if client.check([keys.first_event]) else 1
+    left = [keys.event(index) for index in range(first, events + 1)]
+    if not client.check(left):  # the coordinator died between counting and removing
+        left = [key for key in left if client.check([key])]
+    for key, pieces in client.pieces_of(left).items():
+        client.delete_pieces(key, pieces)
+        client.delete(key)
+    for index in range(1, client.add(keys.failures, 0) + 1):
+        client.delete(keys.failure(index))
+    if all_ranks:
+        for rank in range(world_size):
+            for key in (keys.report(rank), keys.answer(rank), keys.pulse(rank)):
+                client.delete(key)
+    for key in (
+        keys.first_event,
+        keys.tally,
+        keys.failures,
+        keys.outcome,
+        keys.decision,
+        keys.leavers,
+    ):
+        client.delete(key)
 
 
 class Role(abc.ABC):
@@ -137,9 +176,6 @@ class Role(abc.ABC):
         self.alarm.set()
         return self.outcome
 
-    def _own_keys(self, rank: int) -> list[str]:
-        return [self.keys.report(rank), self.keys.answer(rank), self.keys.pulse(rank)]
-
     def _leave(self, *, clean: bool, own: list[str]) -> None:
         """Remove this rank's keys, and if it is the last one all others.
 
@@ -148,32 +184,4 @@ class Role(abc.ABC):
         if clean:
             for key in own:
                 self.client.delete(key)
-        left = self.client.add(self.keys.leavers, 1 if clean else 1 + _UNCLEAN)
-        if left & (_UNCLEAN - 1) == self.world_size:
-            self._remove_shared(all_ranks=left >= _UNCLEAN)
-
-    def _remove_shared(self, *, all_ranks: bool) -> None:
-        client, keys = self.client, self.keys
-        events = client.add(keys.tally, 0) // EVENT
-        first = int(client.get(keys.first_event)) if client.check([keys.first_event]) else 1
-        left = [keys.event(index) for index in range(first, events + 1)]
-        if not client.check(left):  # the coordinator died between counting and removing
-            left = [key for key in left if client.check([key])]
-        for key, pieces in client.pieces_of(left).items():
-            client.delete_pieces(key, pieces)
-            client.delete(key)
-        for index in range(1, client.add(keys.failures, 0) + 1):
-            client.delete(keys.failure(index))
-        if all_ranks:
-            for rank in range(self.world_size):
-                for key in self._own_keys(rank):
-                    client.delete(key)
-        for key in (
-            keys.first_event,
-            keys.tally,
-            keys.failures,
-            keys.outcome,
-            keys.decision,
-            keys.leavers,
-        ):
-            client.delete(key)
+        leave(self.client, self.keys, world_size=self.world_size, clean=clean)

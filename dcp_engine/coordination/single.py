@@ -9,22 +9,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from dcp_engine.coordination.answers import checked_answers
 from dcp_engine.coordination.clock import OperationClock
 from dcp_engine.coordination.failures import capture, exception_of, raised_by_exit
+from dcp_engine.coordination.identity import identity_here
 from dcp_engine.coordination.interface import (
     Deadlines,
     Decision,
     Operation,
+    OperationKind,
     Outcome,
     RunIdentity,
     Session,
+    SessionHandle,
 )
+from dcp_engine.coordination.numbers import Numbers
 from dcp_engine.errors import UsageError
 
-__all__ = ["SingleOperation", "SingleSession"]
+__all__ = ["SingleOperation", "SingleSession", "SingleSessionHandle"]
 
 
 class SingleOperation(Operation):
@@ -33,7 +38,7 @@ class SingleOperation(Operation):
     def __init__(
         self,
         number: int,
-        kind: Literal["save", "load"],
+        kind: OperationKind,
         checkpoint_id: str,
         deadlines: Deadlines,
         *,
@@ -100,26 +105,43 @@ class SingleOperation(Operation):
         self._closed = True
 
 
-class SingleSession(Session):
-    """A session of one rank."""
+@dataclass(frozen=True, kw_only=True)
+class SingleSessionHandle(SessionHandle):
+    """A session of one rank, on its way to another process."""
 
-    def __init__(self, identity: RunIdentity) -> None:
+    identity: RunIdentity
+    rank: int = 0
+    world_size: int = 1
+
+    def attach(self) -> SingleSession:
+        """The same session here; see the interface."""
+        return SingleSession(identity_here(self.identity), numbers=Numbers(borrowed=True))
+
+
+class SingleSession(Session):
+    """A session of one rank.
+
+    Args:
+        numbers: whence its operations have their numbers; by default its own.
+    """
+
+    def __init__(self, identity: RunIdentity, *, numbers: Numbers | None = None) -> None:
         self.rank = 0
         self.world_size = 1
         self.identity = identity
-        self._next = 0
-        self._lock = threading.Lock()
+        self._numbers = Numbers() if numbers is None else numbers
         self._closed = False
 
     def begin(
         self,
-        kind: Literal["save", "load"],
+        kind: OperationKind,
         checkpoint_id: str,
         *,
         deadlines: Deadlines,
         coordinator_rank: int = 0,
+        number: int | None = None,
     ) -> SingleOperation:
-        """Take the next number."""
+        """Take the next number; see the interface."""
         if self._closed:
             raise UsageError("the session is closed", checkpoint=checkpoint_id)
         if coordinator_rank != 0:
@@ -127,9 +149,15 @@ class SingleSession(Session):
                 f"coordinator_rank is {coordinator_rank}, but there is one rank: 0",
                 checkpoint=checkpoint_id,
             )
-        with self._lock:
-            number, self._next = self._next, self._next + 1
-        return SingleOperation(number, kind, checkpoint_id, deadlines)
+        return SingleOperation(self._numbers.given(number), kind, checkpoint_id, deadlines)
+
+    def take_number(self) -> int:
+        """The next number; see the interface."""
+        return self._numbers.take()
+
+    def handle(self) -> SingleSessionHandle:
+        """What another process needs to go on with this session."""
+        return SingleSessionHandle(identity=self.identity)
 
     def close(self) -> None:
         """No connection is held."""

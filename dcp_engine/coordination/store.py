@@ -9,24 +9,67 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch.distributed
 
+from dcp_engine.coordination.address import StoreAddress, without_prefix
+from dcp_engine.coordination.address import connect as connect_to
+from dcp_engine.coordination.death import report_death
+from dcp_engine.coordination.failures import capture
 from dcp_engine.coordination.handshake import agree_on_session
-from dcp_engine.coordination.interface import Deadlines, RunIdentity, Session
-from dcp_engine.coordination.keys import group_prefix, session_prefix
+from dcp_engine.coordination.identity import identity_here
+from dcp_engine.coordination.interface import (
+    Deadlines,
+    OperationKind,
+    Outcome,
+    RunIdentity,
+    Session,
+    SessionHandle,
+)
+from dcp_engine.coordination.keys import OperationKeys, group_prefix, session_prefix
 from dcp_engine.coordination.messages import Heading
+from dcp_engine.coordination.numbers import Numbers
 from dcp_engine.coordination.operation import StoreOperation
 from dcp_engine.coordination.rhythm import Rhythm
 from dcp_engine.coordination.store_client import KeyValueStore, StoreClient, StoreCounters
 from dcp_engine.coordination.watched import run_watched
 from dcp_engine.errors import UsageError
 
-__all__ = ["StoreSession"]
+__all__ = ["StoreSession", "StoreSessionHandle"]
 
 _distributed: Any = torch.distributed
 """The store classes, which torch's type stubs know only in part."""
+_DEATH_PATIENCE = 30.0
+"""Seconds that the store has for the messages of a dead worker's parent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSessionHandle(SessionHandle):
+    """A session over a store, on its way to another process."""
+
+    address: StoreAddress
+    rank: int
+    world_size: int
+    identity: RunIdentity
+    name: str
+    rhythm: Rhythm
+
+    def prefix(self, generation: int = 0) -> str:
+        """As ``StoreSession.prefix``."""
+        return session_prefix(self.identity.group, self.name, generation)
+
+    def attach(self) -> StoreSession:
+        """The same session here; see the interface."""
+        return StoreSession.attach(
+            self.address,
+            rank=self.rank,
+            world_size=self.world_size,
+            identity=identity_here(self.identity),
+            name=self.name,
+            rhythm=self.rhythm,
+        )
 
 
 class StoreSession(Session):
@@ -38,7 +81,9 @@ class StoreSession(Session):
     Args:
         connect: opens a new connection to the store.
         location: where the store is, for messages.
+        address: where another process finds the store; None if it cannot.
         name: what the ranks agreed on.
+        numbers: whence its operations have their numbers.
     """
 
     def __init__(
@@ -51,7 +96,9 @@ class StoreSession(Session):
         identity: RunIdentity,
         name: str,
         rhythm: Rhythm,
-        first: StoreClient,
+        address: StoreAddress | None = None,
+        first: StoreClient | None = None,
+        numbers: Numbers | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -61,9 +108,10 @@ class StoreSession(Session):
         self._location = location
         self._rhythm = rhythm
         self._lock = threading.Lock()
-        self._idle: list[StoreClient] = [first]
-        self._clients: list[StoreClient] = [first]
-        self._next = 0
+        self._address = address
+        self._idle: list[StoreClient] = [] if first is None else [first]
+        self._clients: list[StoreClient] = list(self._idle)
+        self._numbers = Numbers() if numbers is None else numbers
         self._closed = False
 
     @classmethod
@@ -75,6 +123,7 @@ class StoreSession(Session):
         rank: int,
         world_size: int,
         identity: RunIdentity,
+        address: StoreAddress | None = None,
         timeout: float = 300.0,
         rhythm: Rhythm | None = None,
     ) -> StoreSession:
@@ -84,6 +133,7 @@ class StoreSession(Session):
             connect: opens a new connection to the store; called once now.
             location: where the store is, for messages (``host:port``).
             rank: rank in the group.
+            address: where another process finds the store, if it can.
             timeout: seconds to wait for the others.
 
         Raises:
@@ -91,8 +141,17 @@ class StoreSession(Session):
                 ``store_lost``.
         """
 
+        if address is None or address.kind == "memory":
+            address, view = None, connect
+        else:
+            # Nobody can ask a PrefixStore for its prefix, so a worker could not follow there. It
+            # is not needed: two sessions never have one name.
+            def view() -> KeyValueStore:
+                return cast(KeyValueStore, without_prefix(connect()))
+
         def meet() -> tuple[StoreClient, str]:
-            client = StoreClient(connect(), location, patience=timeout)
+            store = connect()
+            client = StoreClient(store, location, patience=timeout)
             name = agree_on_session(
                 client,
                 group_prefix(identity.group),
@@ -101,19 +160,79 @@ class StoreSession(Session):
                 host=identity.host,
                 timeout=timeout,
             )
+            if address is not None:
+                client.move_to(without_prefix(store))
             return client, name
 
         # One timeout for the leader to come, one for its verdict, one for the store to answer.
         first, name = run_watched(meet, 3 * timeout, location)
         return cls(
-            connect,
+            view,
             location=location,
             rank=rank,
             world_size=world_size,
             identity=identity,
             name=name,
             rhythm=rhythm or Rhythm.for_world(world_size),
+            address=address,
             first=first,
+        )
+
+    @classmethod
+    def attach(
+        cls,
+        address: StoreAddress,
+        *,
+        rank: int,
+        world_size: int,
+        identity: RunIdentity,
+        name: str,
+        rhythm: Rhythm | None = None,
+    ) -> StoreSession:
+        """Stand for a rank of a session that another process has opened: no handshake, nothing is
+        sent, and a connection is made when the first operation needs one.
+
+        Args:
+            identity: of the calling process; its group is the session's.
+            name: what the ranks agreed on.
+        """
+        return cls(
+            lambda: cast(KeyValueStore, connect_to(address)),
+            location=str(address),
+            rank=rank,
+            world_size=world_size,
+            identity=identity,
+            name=name,
+            rhythm=rhythm or Rhythm.for_world(world_size),
+            address=address,
+            numbers=Numbers(borrowed=True),
+        )
+
+    @property
+    def address(self) -> StoreAddress:
+        """Where another process finds the session's store.
+
+        Raises:
+            UsageError: it lies in the memory of this process.
+        """
+        if self._address is None:
+            raise UsageError(
+                f"the store of this session ({self._location}) cannot be reached from another "
+                "process",
+                hint="initialize the process group with a TCPStore or a FileStore, or save with "
+                "threads instead of a worker process",
+            )
+        return self._address
+
+    def handle(self) -> StoreSessionHandle:
+        """What another process needs to go on with this session; see the interface."""
+        return StoreSessionHandle(
+            address=self.address,
+            rank=self.rank,
+            world_size=self.world_size,
+            identity=self.identity,
+            name=self.name,
+            rhythm=self._rhythm,
         )
 
     def prefix(self, generation: int = 0) -> str:
@@ -150,11 +269,12 @@ class StoreSession(Session):
 
     def begin(
         self,
-        kind: Literal["save", "load"],
+        kind: OperationKind,
         checkpoint_id: str,
         *,
         deadlines: Deadlines,
         coordinator_rank: int = 0,
+        number: int | None = None,
     ) -> StoreOperation:
         """Take the next number; see the interface."""
         self._refuse_if_closed()
@@ -164,8 +284,7 @@ class StoreSession(Session):
                 f"{self.world_size - 1}",
                 checkpoint=checkpoint_id,
             )
-        with self._lock:
-            number, self._next = self._next, self._next + 1
+        number = self._numbers.given(number)
         return StoreOperation(
             Heading(
                 number=number,
@@ -181,6 +300,31 @@ class StoreSession(Session):
             connect=self._lend,
             give_back=self._take_back,
         )
+
+    def take_number(self) -> int:
+        """The next number; see the interface."""
+        return self._numbers.take()
+
+    def report_death(self, number: int, *, coordinator_rank: int, error: BaseException) -> Outcome:
+        """Fail operation ``number`` for all ranks; see the interface."""
+        self._refuse_if_closed()
+        record = capture(self.rank, error)
+
+        def report() -> Outcome:
+            client = self._lend()
+            client.patience = _DEATH_PATIENCE
+            try:
+                return report_death(
+                    client,
+                    OperationKeys(f"{self.prefix()}/{number}"),
+                    record,
+                    coordinator=coordinator_rank,
+                    world_size=self.world_size,
+                )
+            finally:
+                self._take_back(client)
+
+        return run_watched(report, 2 * _DEATH_PATIENCE, self._location)
 
     def close(self) -> None:
         """Drop the idle connections; those in use are dropped when their operation ends."""

@@ -87,6 +87,10 @@ class StoreClient:
         self.lost: CoordinationError | None = None
         self._busy: tuple[float, float] | None = None
 
+    def move_to(self, store: KeyValueStore) -> None:
+        """Go on with another view of the same connection."""
+        self._store = store
+
     # -- calls ---------------------------------------------------------------------------------
 
     def set(self, key: str, value: bytes) -> None:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dcp_engine.engine.default import default_engine
 from dcp_engine.engine.engine import Engine
-from dcp_engine.engine.functions import load, open_checkpoint, read_extra, save
+from dcp_engine.engine.functions import async_save, load, open_checkpoint, read_extra, save
 
-__all__ = ["Engine", "default_engine", "load", "open_checkpoint", "read_extra", "save"]
+__all__ = [
+    "Engine",
+    "async_save",
+    "default_engine",
+    "load",
+    "open_checkpoint",
+    "read_extra",
+    "save",
+]

@@ -31,7 +31,7 @@ def default_engine(process_group: dist.ProcessGroup | None = None) -> Engine:
         for key, (held, engine) in list(_engines.items()):
             if held is not None and not _alive(held):
                 del _engines[key]
-                engine.close()
+                engine.close_at_exit()
         key = 0 if group is None else id(group)
         if key not in _engines or _engines[key][1].closed:
             _engines[key] = (group, Engine(process_group))
@@ -44,7 +44,7 @@ def close_default_engines() -> None:
         engines = [engine for _, engine in _engines.values()]
         _engines.clear()
     for engine in engines:
-        engine.close()
+        engine.close_at_exit()
 
 
 def _alive(group: object) -> bool:

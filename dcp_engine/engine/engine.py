@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import EllipsisType, TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import xxhash
+from torch.utils.hooks import RemovableHandle
 
-from dcp_engine.coordination.group import describe_group, run_identity
+from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaver, AsyncSaveResponse, SaveJob
+from dcp_engine.async_saver.saver import LowMemory
+from dcp_engine.coordination.collective import CollectiveSession
+from dcp_engine.coordination.group import describe_group
+from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Session
 from dcp_engine.coordination.open_session import open_session
 from dcp_engine.coordination.single import SingleSession
@@ -24,11 +32,16 @@ from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry
 from dcp_engine.saver import PlanMemory, SaveOptions, save
-from dcp_engine.saver.options import SAVE_PHASES, ExtraContent
+from dcp_engine.saver.options import ASYNC_SAVE_PHASES, SAVE_PHASES, ExtraContent
+from dcp_engine.saver.save import extra_contents
+from dcp_engine.staging.hooks import install_staging_hook
+from dcp_engine.staging.stagers import AsyncStager
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader, StorageWriter
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
 
 Timeout = float | timedelta | None
 CheckpointId = str | os.PathLike[str] | None
@@ -43,6 +56,10 @@ class Engine:
         timeout: default for the operations, seconds or timedelta; None waits forever.
         stall_timeout: default for the operations: seconds without a heartbeat of a rank.
         connect_timeout: seconds to wait for the other ranks when the session opens.
+        max_pending: asynchronous saves that may hold staging memory at the same time; each costs
+            the size of the state.
+        drain_at_exit: whether the end of the program waits for pending asynchronous saves.
+        drain_timeout: seconds that it, and ``close``, wait for them.
 
     The session with the other ranks opens at the first operation that needs it, which must be
     the same one on all ranks. A context manager; ``close`` may be called twice.
@@ -55,11 +72,18 @@ class Engine:
         timeout: Timeout = 1800.0,
         stall_timeout: Timeout = 60.0,
         connect_timeout: float = 300.0,
+        max_pending: int = 1,
+        drain_at_exit: bool = True,
+        drain_timeout: float | None = 600.0,
     ) -> None:
         self._process_group = process_group
         self._timeout = timeout
         self._stall_timeout = stall_timeout
         self._connect_timeout = connect_timeout
+        self._max_pending = max_pending
+        self._drain_at_exit = drain_at_exit
+        self._drain_timeout = drain_timeout
+        self._async: AsyncSaver | None = None
         self._session: Session | None = None
         self._alone: Session | None = None
         self._collective_free_saves = 0
@@ -88,28 +112,20 @@ class Engine:
         strict_replicas: bool = False,
     ) -> Metadata:
         """See :func:`dcp_engine.save`."""
-        if use_collectives and save_id is not None:
-            raise UsageError(
-                "save_id is for use_collectives=False; with collectives the coordinator makes one",
-                hint="leave save_id out",
-            )
-        writer = storage_writer
-        if writer is None:
-            writer = self._registry.writer(_required(checkpoint_id, "storage_writer"))
+        writer = self._writer(checkpoint_id, storage_writer)
         place = self._place(no_dist)
-        session = self._session_for(no_dist) if use_collectives else self._session_alone()
         options = SaveOptions(
             deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, SAVE_PHASES),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
             extra_files=dict(extra_files or {}),
             user_metadata=dict(user_metadata or {}),
-            save_id=None if use_collectives else self._token(place, save_id),
+            save_id=self._save_id(place, use_collectives, save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
         return save(
-            session,
+            self._session_for(no_dist) if use_collectives else self._session_alone(),
             state_dict,
             checkpoint_id=_text(checkpoint_id),
             writer=writer,
@@ -119,6 +135,109 @@ class Engine:
             memory=self._alone_plans if no_dist else self._plans,
             options=options,
         )
+
+    def async_save(
+        self,
+        state_dict: STATE_DICT_TYPE,
+        *,
+        checkpoint_id: CheckpointId = None,
+        storage_writer: StorageWriter | None = None,
+        planner: SavePlanner | None = None,
+        async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+        async_stager: AsyncStager | None = None,
+        no_dist: bool = False,
+        use_collectives: bool = True,
+        background_staging: bool = False,
+        on_low_memory: LowMemory = "error",
+        timeout: Timeout | EllipsisType = ...,
+        stall_timeout: Timeout | EllipsisType = ...,
+        phase_timeouts: Mapping[str, float] | None = None,
+        coordinator_rank: int = 0,
+        extra_files: Mapping[str, ExtraContent] | None = None,
+        user_metadata: Mapping[str, Any] | None = None,
+        save_id: str | None = None,
+        keep_replaced: bool = False,
+        strict_replicas: bool = False,
+    ) -> AsyncSaveResponse:
+        """See :func:`dcp_engine.async_save`."""
+        if on_low_memory not in ("error", "sync"):
+            raise UsageError(f"on_low_memory is {on_low_memory!r}", hint="it is 'error' or 'sync'")
+        kind = AsyncCheckpointerType(async_checkpointer_type)
+        writer = self._writer(checkpoint_id, storage_writer)
+        if async_stager is None and isinstance(writer, AsyncStager):
+            async_stager = writer
+        place = self._place(no_dist)
+        options = SaveOptions(
+            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, ASYNC_SAVE_PHASES),
+            coordinator_rank=coordinator_rank,
+            use_collectives=use_collectives,
+            extra_files=dict(extra_files or {}),
+            user_metadata=copy.deepcopy(dict(user_metadata or {})),
+            save_id=self._save_id(place, use_collectives, save_id),
+            keep_replaced=keep_replaced,
+            strict_replicas=strict_replicas,
+        )
+        # What lies in files now is what is saved, not what will lie there in a minute.
+        mine = place.group.rank == coordinator_rank
+        options = replace(options, extra_files=extra_contents(options) if mine else {})
+        session = self._session_for(no_dist) if use_collectives else self._session_alone()
+        if isinstance(session, CollectiveSession):
+            raise UsageError(
+                "an asynchronous save needs a store: over the process group its messages would "
+                "mix with those of training",
+                hint="initialize the process group with a TCPStore or a FileStore, or use save",
+            )
+        job = SaveJob(
+            session=session,
+            number=session.take_number(),
+            checkpoint_id=_text(checkpoint_id),
+            writer=writer,
+            group=place.group,
+            world_size=place.world_size,
+            memory=self._alone_plans if no_dist else self._plans,
+            options=options,
+        )
+        return self._async_saver(place).save(
+            job,
+            state_dict,
+            planner=planner,
+            kind=kind,
+            stager=async_stager,
+            background_staging=background_staging,
+            on_low_memory=on_low_memory,
+        )
+
+    def warmup(
+        self,
+        state_dict: STATE_DICT_TYPE,
+        *,
+        async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.PROCESS,
+    ) -> None:
+        """Make ready for asynchronous saves of ``state_dict``, so that the first costs training
+        no more than the later ones: spawn the worker, size and touch the staging memory. Every
+        rank that will save calls it; it says nothing to the other ranks but to open the session.
+
+        Raises:
+            StagingError: too little memory (kind ``out_of_memory``).
+        """
+        kind = AsyncCheckpointerType(async_checkpointer_type)
+        self._session_for(no_dist=False)
+        self._async_saver(self._place(no_dist=False)).warmup(state_dict, kind=kind)
+
+    def wait_for_staging(self, timeout: float | None = None) -> None:
+        """Return when no asynchronous save reads the state any more; to be called before the
+        first write after ``async_save(background_staging=True)``.
+
+        Raises:
+            StagingError: kind ``timeout`` after ``timeout`` seconds; else what staging failed with.
+        """
+        if self._async is not None:
+            self._async.wait_for_staging(timeout)
+
+    def install_staging_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Have every ``optimizer.step()`` call ``wait_for_staging`` first; returns a handle whose
+        ``remove()`` takes the hook away."""
+        return install_staging_hook(optimizer, self.wait_for_staging)
 
     def load(
         self,
@@ -165,19 +284,44 @@ class Engine:
         """Forget the plans of earlier saves; the next save plans anew, on all ranks."""
         self._plans.clear()
         self._alone_plans.clear()
+        if self._async is not None:
+            self._async.clear_plan_cache()
 
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._closed
 
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of this rank's worker, while there is one."""
+        return None if self._async is None else self._async.worker_pid
+
     def close(self) -> None:
-        """Close the session's connections."""
+        """Wait for pending asynchronous saves, at most ``drain_timeout``; then end the worker, and
+        give back memory and connections.
+
+        Raises the first failure of an asynchronous save that nobody has looked at.
+        """
+        failure = self._close(self._drain_timeout)
+        if failure is not None:
+            raise failure
+
+    def close_at_exit(self) -> None:
+        """As ``close``, for the end of the program: waits only if ``drain_at_exit``, and logs what
+        nobody can catch any more."""
+        failure = self._close(self._drain_timeout if self._drain_at_exit else 0.0)
+        if failure is not None:
+            logger.error("an asynchronous save failed", exc_info=failure)
+
+    def _close(self, drain_timeout: float | None) -> BaseException | None:
         self._closed = True
+        failure = None if self._async is None else self._async.close(drain_timeout)
         for session in (self._session, self._alone):
             if session is not None:
                 session.close()
         self._session = self._alone = None
+        return failure
 
     def __enter__(self) -> Engine:
         return self
@@ -188,7 +332,33 @@ class Engine:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if exc is None:
+            self.close()
+        else:
+            self.close_at_exit()
+
+    def _async_saver(self, place: _Place) -> AsyncSaver:
+        self._refuse_if_closed()
+        if self._async is None:
+            self._async = AsyncSaver(place.group.rank, max_pending=self._max_pending)
+        return self._async
+
+    def _writer(
+        self, checkpoint_id: CheckpointId, storage_writer: StorageWriter | None
+    ) -> StorageWriter:
+        if storage_writer is not None:
+            return storage_writer
+        return self._registry.writer(_required(checkpoint_id, "storage_writer"))
+
+    def _save_id(self, place: _Place, use_collectives: bool, save_id: str | None) -> str | None:
+        if not use_collectives:
+            return self._token(place, save_id)
+        if save_id is not None:
+            raise UsageError(
+                "save_id is for use_collectives=False; with collectives the coordinator makes one",
+                hint="leave save_id out",
+            )
+        return None
 
     def _deadlines(
         self,

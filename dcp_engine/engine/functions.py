@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaveResponse
+from dcp_engine.async_saver.saver import LowMemory
 from dcp_engine.engine.default import default_engine
 from dcp_engine.engine.engine import CheckpointId, Timeout
 from dcp_engine.errors import StorageError
@@ -19,9 +21,10 @@ from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import open_reader
 from dcp_engine.saver.options import ExtraContent
+from dcp_engine.staging.stagers import AsyncStager
 from dcp_engine.storage import StorageReader, StorageWriter
 
-__all__ = ["load", "open_checkpoint", "read_extra", "save"]
+__all__ = ["async_save", "load", "open_checkpoint", "read_extra", "save"]
 
 
 def save(
@@ -91,6 +94,83 @@ def save(
         planner=planner,
         no_dist=no_dist,
         use_collectives=use_collectives,
+        timeout=timeout,
+        stall_timeout=stall_timeout,
+        phase_timeouts=phase_timeouts,
+        coordinator_rank=coordinator_rank,
+        extra_files=extra_files,
+        user_metadata=user_metadata,
+        save_id=save_id,
+        keep_replaced=keep_replaced,
+        strict_replicas=strict_replicas,
+    )
+
+
+def async_save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: CheckpointId = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    background_staging: bool = False,
+    on_low_memory: LowMemory = "error",
+    timeout: Timeout = 1800.0,
+    stall_timeout: Timeout = 60.0,
+    phase_timeouts: Mapping[str, float] | None = None,
+    coordinator_rank: int = 0,
+    extra_files: Mapping[str, ExtraContent] | None = None,
+    user_metadata: Mapping[str, Any] | None = None,
+    save_id: str | None = None,
+    keep_replaced: bool = False,
+    strict_replicas: bool = False,
+) -> AsyncSaveResponse:
+    """Save ``state_dict`` while training goes on; every rank of the group calls this.
+
+    Returns when the state is copied to reused staging memory; a thread of this process, or a
+    worker process, saves the copy. Saves happen in the order of the calls. While an earlier save
+    holds the staging memory the call waits for it (``Engine(max_pending=2)`` has room for two).
+
+    Args:
+        state_dict, checkpoint_id, storage_writer, planner, process_group, no_dist,
+            use_collectives, timeout, stall_timeout, coordinator_rank, extra_files, user_metadata,
+            save_id, keep_replaced, strict_replicas: as in ``save``. A writer that is an
+            ``AsyncStager`` too is asked to stage.
+        async_checkpointer_type: ``THREAD``, or ``PROCESS``: planning, digests and writing take
+            nothing from this process. Writer and planner are pickled for the worker at the call,
+            and state that they change stays there.
+        async_stager: who copies; by default the engine, into memory that it keeps.
+        background_staging: return before the copy is made. Then nothing may write to the state
+            until ``staging_completion``: call ``Engine.wait_for_staging`` before the first write,
+            or install ``Engine.install_staging_hook``.
+        on_low_memory: what to do if staging memory cannot be had: ``"error"``, or ``"sync"``: save
+            while the caller waits.
+        phase_timeouts: seconds by phase: those of ``save``, and ``staging``, ``group``, ``join``.
+
+    Returns:
+        A future of the committed checkpoint's ``Metadata``, with ``staging_completion`` and
+        ``progress()``. A failure that nobody has looked at is raised by the next call, or by
+        ``Engine.close``, and logged at exit. The end of the program waits for pending saves.
+
+    Raises:
+        CheckpointError: this rank could not begin; the futures of the others fail. That the save
+            failed later is in the future, as ``save`` would raise it.
+    """
+    return default_engine(process_group).async_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        async_checkpointer_type=async_checkpointer_type,
+        async_stager=async_stager,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        background_staging=background_staging,
+        on_low_memory=on_low_memory,
         timeout=timeout,
         stall_timeout=stall_timeout,
         phase_timeouts=phase_timeouts,

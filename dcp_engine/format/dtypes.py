@@ -14,7 +14,7 @@ import torch
 
 from dcp_engine.errors import DamagedCheckpointError, UnsupportedStateError
 
-__all__ = ["DTYPES", "DTypeInfo", "by_name", "code_of", "info", "stored_shape"]
+__all__ = ["DTYPES", "DTypeInfo", "by_name", "code_of", "info", "is_known", "stored_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,11 @@ DTYPES = MappingProxyType(_known_to_this_torch())
 _BY_DTYPE = MappingProxyType({entry.dtype: entry for entry in DTYPES.values()})
 _BY_NAME = MappingProxyType({entry.name: entry for entry in DTYPES.values()})
 _NAMES = frozenset(name for name, _, _ in _TABLE)
+
+
+def is_known(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` has a code."""
+    return dtype in _BY_DTYPE
 
 
 def code_of(dtype: torch.dtype) -> int:

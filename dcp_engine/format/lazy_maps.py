@@ -6,15 +6,17 @@ and making ``StoredTensor`` objects when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from dcp_engine.format.json_columns import refuse
 from dcp_engine.format.stored import NO_OWNER, StoredObject, StoredTensor
-from dcp_engine.format.tensor_section import TensorSectionReader
+from dcp_engine.format.tensor_section import TensorSectionReader, WholeTensors
 
-__all__ = ["LazyMap", "make_object_maps", "make_tensor_maps"]
+__all__ = ["LazyMap", "TensorMap", "make_object_maps", "make_tensor_maps"]
 
 K = TypeVar("K")
 A = TypeVar("A")
@@ -45,6 +47,20 @@ class LazyMap(Mapping[K, V], Generic[K, A, V]):
         return key in self._sources
 
 
+class TensorMap(LazyMap[str, int, StoredTensor]):
+    """The shared tensors of one section, by name."""
+
+    def __init__(self, rows: Mapping[str, int], section: TensorSectionReader) -> None:
+        super().__init__(rows, section.tensor)
+        self._section = section
+
+    def whole(self, names: Sequence[str]) -> WholeTensors:
+        """Those of ``names`` that are one chunk each, as columns and without an object for each;
+        ``at`` counts in ``names``. The others have to be looked up one by one."""
+        rows = [self._sources.get(name, -1) for name in names]
+        return self._section.whole(np.array(rows, np.int64))
+
+
 TensorMaps = tuple[Mapping[str, StoredTensor], Mapping[str, Mapping[int, StoredTensor]]]
 ObjectMaps = tuple[Mapping[str, StoredObject], Mapping[str, Mapping[int, StoredObject]]]
 
@@ -53,7 +69,7 @@ def make_tensor_maps(section: TensorSectionReader, world_size: int) -> TensorMap
     """Shared and per-rank tensors by name. Raises ``DamagedCheckpointError`` for a name twice."""
     owned = zip(section.names, section.owners, range(len(section)), strict=True)
     shared, per_rank = _split(owned, world_size)
-    return LazyMap(shared, section.tensor), MappingProxyType(
+    return TensorMap(shared, section), MappingProxyType(
         {name: LazyMap(rows, section.tensor) for name, rows in per_rank.items()}
     )
 

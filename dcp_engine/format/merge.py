@@ -192,7 +192,6 @@ def _moved_tensor(tensor: StoredTensor, base: int) -> StoredTensor:
         tensor,
         must_tile=True,
         load_chunks=partial(_join_chunks, [(tensor, base)], tensor.shape),
-        load_whole=None,
     )
 
 

@@ -143,13 +143,21 @@ def encode_nesting(paths: Mapping[str, Path], containers: Mapping[Path, str]) ->
     leaf_parents: list[int] = []
     leaf_keys: list[Key] = []
     renamed: list[tuple[int, str]] = []
+    # Leaves of one container follow each other: what they share is found once.
+    above: Path | None = None
+    row, prefix = 0, ""
     for fqn, path in paths.items():
-        if len(path) > MAX_DEPTH:
-            raise UnsupportedStateError(f"it is nested more than {MAX_DEPTH} deep", tensor=fqn)
-        if ".".join(map(str, path)) != fqn:
+        if path[:-1] != above:
+            if len(path) > MAX_DEPTH:
+                raise UnsupportedStateError(f"it is nested more than {MAX_DEPTH} deep", tensor=fqn)
+            above = path[:-1]
+            row = row_of(above)
+            prefix = "".join([f"{key}." for key in above])
+        key = path[-1]
+        if f"{prefix}{key}" != fqn:
             renamed.append((len(leaf_keys), fqn))
-        leaf_parents.append(row_of(path[:-1]))
-        leaf_keys.append(path[-1])
+        leaf_parents.append(row)
+        leaf_keys.append(key)
     try:
         return _encode(parents, keys, kinds, leaf_parents, leaf_keys, renamed)
     except UnicodeEncodeError as error:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -24,9 +24,11 @@ __all__ = [
     "DATA_ALIGNMENT",
     "MAX_HEADER_BYTES",
     "MAX_PLANNED_HEADER_BYTES",
+    "EntryColumns",
     "HeaderEntry",
     "ParsedEntry",
     "ParsedHeader",
+    "Stored",
     "encode_header",
     "encode_header_columns",
     "entry_name",
@@ -36,6 +38,8 @@ __all__ = [
     "parse_header",
     "split_by_header_limit",
 ]
+
+I64 = npt.NDArray[np.int64]
 
 DATA_ALIGNMENT = 4096
 """The data section begins on a multiple of this, for direct I/O and mapping."""
@@ -67,6 +71,10 @@ class HeaderEntry:
     """Behind the last byte."""
 
 
+Stored = tuple[str, tuple[int, ...]]
+"""safetensors' name of a dtype, and a shape."""
+
+
 class ParsedEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """An entry as the header has it. A struct: a header may have a hundred thousand."""
 
@@ -86,6 +94,18 @@ class ParsedEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=T
         return self.data_offsets[1]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EntryColumns:
+    """The n entries of a header, in the order of their bytes."""
+
+    begins: I64
+    ends: I64
+    kinds: I64
+    """(n,) rows of ``stored``."""
+    stored: Mapping[Stored, int]
+    """The different dtypes and shapes, numbered."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedHeader:
     """A header that was read and checked."""
@@ -94,6 +114,8 @@ class ParsedHeader:
     metadata: Mapping[str, str]
     data_start: int
     """Bytes before the data section."""
+    columns: EntryColumns
+    """``entries`` once more, without their names."""
 
 
 def entry_name(fqn: str, offsets: Sequence[int] | None, taken: AbstractSet[str]) -> str:
@@ -234,8 +256,8 @@ def parse_header(prefix: bytes, file_size: int) -> ParsedHeader:
         raise _invalid(f"{len(prefix)} of {data_start} bytes were read")
     body = prefix[_LENGTH_BYTES:data_start]
     metadata, entries = _parse_ours(body) or _parse_any(body)
-    _check_layout(entries, file_size - data_start)
-    return ParsedHeader(entries, metadata, data_start)
+    columns = _check_layout(list(entries.values()), file_size - data_start)
+    return ParsedHeader(entries, metadata, data_start, columns)
 
 
 _BEFORE_METADATA = b'{"__metadata__":'
@@ -299,22 +321,35 @@ def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
-def _check_layout(entries: Mapping[str, ParsedEntry], data_size: int) -> None:
-    position = 0
-    nbytes: dict[tuple[str, tuple[int, ...]], int] = {}
-    for entry in sorted(entries.values(), key=attrgetter("data_offsets")):
-        begin, end = entry.data_offsets
-        if begin != position or end < begin:
-            raise _invalid(f"bytes {begin} to {end} follow on byte {position}: a gap or an overlap")
-        kind = (entry.dtype, entry.shape)
-        expected = nbytes.get(kind)
-        if expected is None:
-            expected = nbytes[kind] = _entry_bytes(*kind)
-        if expected != end - begin:
-            raise _wrong_size(entry)
-        position = end
-    if position != data_size:
-        raise _invalid(f"its entries end at byte {position} of {data_size}")
+def _check_layout(entries: Sequence[ParsedEntry], data_size: int) -> EntryColumns:
+    """All at once: the entries follow each other up to ``data_size``, as long as they should be."""
+    count = len(entries)
+    try:
+        places = np.fromiter(
+            chain.from_iterable([entry.data_offsets for entry in entries]), np.int64, 2 * count
+        ).reshape(count, 2)
+    except OverflowError as error:
+        raise _invalid("an offset is absurdly large") from error
+    order = np.lexsort((places[:, 1], places[:, 0]))
+    begins, ends = places[order, 0], places[order, 1]
+    positions = np.concatenate(([0], ends))
+    wrong = np.flatnonzero((begins != positions[:-1]) | (ends < begins))
+    if len(wrong):
+        at = int(wrong[0])
+        raise _invalid(
+            f"bytes {begins[at]} to {ends[at]} follow on byte {positions[at]}: a gap or an overlap"
+        )
+    if positions[-1] != data_size:
+        raise _invalid(f"its entries end at byte {positions[-1]} of {data_size}")
+    each = [(entry.dtype, entry.shape) for entry in entries]
+    stored = {kind: row for row, kind in enumerate(dict.fromkeys(each))}
+    kinds = np.fromiter(map(stored.__getitem__, each), np.int64, count)[order]
+    # What does not fit into the file fits no entry, however large.
+    sizes = np.array([min(_entry_bytes(*kind), data_size + 1) for kind in stored], np.int64)
+    wrong = np.flatnonzero(sizes[kinds] != ends - begins) if count else order
+    if len(wrong):
+        raise _wrong_size(entries[int(order[wrong[0]])])
+    return EntryColumns(begins=begins, ends=ends, kinds=kinds, stored=stored)
 
 
 def _entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:

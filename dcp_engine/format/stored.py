@@ -132,9 +132,6 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=Tru
     """The name under which the data is stored, if this is an alias."""
     load_chunks: Callable[[], StoredChunks]
     """Decodes and checks the table: in bounds of tensor and files."""
-    load_whole: Callable[[], tuple[int, int]] | None = None
-    """Where the tensor is one chunk by construction: the same as two numbers, its row of the data
-    files and its start. There may be very many such tensors."""
     must_tile: bool = True
     """Whether it has to be checked that the chunks tile the shape: not where they do so by
     construction, and not in one rank's manifest of several."""

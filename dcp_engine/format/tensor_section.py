@@ -43,7 +43,7 @@ from dcp_engine.format.stored import (
     StoredTensor,
 )
 
-__all__ = ["TensorSection", "TensorSectionReader", "encode_tensor_section"]
+__all__ = ["TensorSection", "TensorSectionReader", "WholeTensors", "encode_tensor_section"]
 
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
@@ -200,6 +200,24 @@ _FIELDS = frozenset(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeTensors:
+    """n tensors that are one chunk each, no aliases, checked as ``TensorSectionReader.tensor`` and
+    ``StoredTensor.chunks`` check one."""
+
+    at: I64
+    """(n,) which of the rows that were asked for, ascending."""
+    dtypes: I64
+    """(n,) codes of ``format.dtypes``."""
+    ndims: I64
+    shapes: I64
+    """(n, D) padded with 1."""
+    file: I32
+    """(n,) rows of the data files."""
+    start: I64
+    """(n,) behind the begin of the file's data section."""
+
+
 class TensorSectionReader:
     """An encoded section, decoded as far as it was asked for.
 
@@ -218,11 +236,13 @@ class TensorSectionReader:
         self.names: list[str] = decode_as(list[str], fields["names"], "tensors.names")
         self._complete = complete
         self._infos = self._read_dtypes(fields)
+        self._codes = np.fromiter([entry.code for entry in self._infos], np.int64)
+        self._itemsizes = np.fromiter([entry.itemsize for entry in self._infos], np.int64)
         self._read_shapes(fields)
         count = len(self.names)
         self.owners: list[int] = (_column(fields, "owners", count, MAX_RANKS + 1) - 1).tolist()
         aliases = _column(fields, "aliases", count, count + 1) - 1
-        self._aliases: list[int] = aliases.tolist()
+        self._aliases = aliases
         self._data_sizes = [f.size - f.data_start for f in files]
         self._read_places(fields, aliases)
 
@@ -233,7 +253,7 @@ class TensorSectionReader:
         """The tensor of ``row``. Raises ``DamagedCheckpointError`` for an absurd shape, and for
         an alias of something else than a tensor of the same dtype, shape and owner."""
         shape = self._shape(row)
-        alias = self._aliases[row]
+        alias = int(self._aliases[row])
         if alias >= 0 and (
             self._aliases[alias] >= 0
             or self._infos[alias] is not self._infos[row]
@@ -250,8 +270,37 @@ class TensorSectionReader:
             owner=self.owners[row],
             alias_of=self.names[alias] if alias >= 0 else None,
             load_chunks=self._loader(alias if alias >= 0 else row),
-            load_whole=self._whole_loader(alias if alias >= 0 else row),
-            must_tile=self._complete and alias < 0 and self._place[row] < 0,
+            must_tile=self._complete and alias < 0 and bool(self._place[row] < 0),
+        )
+
+    def whole(self, rows: I64) -> WholeTensors:
+        """Those of ``rows`` (negative: none) that are one chunk each by construction and pass all
+        checks; about the others ``tensor`` has to be asked. There may be a hundred thousand."""
+        at = np.flatnonzero(rows >= 0)
+        at = at[(self._aliases[rows[at]] < 0) & (self._place[rows[at]] >= 0)]
+        row = rows[at]
+        ndims = self._shape_ends[row] - self._shape_begins[row]
+        counted = np.arange(int(ndims.max(initial=1))) < ndims[:, None]
+        shapes = np.ones(counted.shape, np.int64)
+        cells = self._shape_begins[row][:, None] + np.arange(counted.shape[1])
+        shapes[counted] = self._sizes[cells[counted]]
+        codes = self._codes[row]
+        nbytes = self._itemsizes[row].copy()
+        about = nbytes.astype(np.float64)
+        for size in shapes.T:
+            nbytes *= size  # may wrap; then ``about`` tells
+            about *= size
+        place = self._place[row]
+        file, start = self._whole_file[place], self._whole_start[place]
+        room = np.array(self._data_sizes, np.int64)[file] - start
+        fits = np.flatnonzero((about <= 2 * MAX_BYTES) & (nbytes <= np.minimum(room, MAX_BYTES)))
+        return WholeTensors(
+            at=at[fits],
+            dtypes=codes[fits],
+            ndims=ndims[fits],
+            shapes=shapes[fits],
+            file=file[fits],
+            start=start[fits],
         )
 
     def _read_dtypes(self, fields: Mapping[str, msgspec.Raw]) -> list[DTypeInfo]:
@@ -266,14 +315,14 @@ class TensorSectionReader:
     def _read_shapes(self, fields: Mapping[str, msgspec.Raw]) -> None:
         ndims = _column(fields, "ndims", len(self.names), MAX_NDIM + 1)
         ends = np.cumsum(ndims)
-        self._shape_ends: list[int] = ends.tolist()
-        self._shape_begins: list[int] = (ends - ndims).tolist()
-        self._sizes: list[int] = _integers(fields, "shapes", MAX_BYTES + 1).tolist()
+        self._shape_ends = ends
+        self._shape_begins = ends - ndims
+        self._sizes = _integers(fields, "shapes", MAX_BYTES + 1)
         if len(self._sizes) != int(ndims.sum()):
             refuse(f"tensors.shapes: {len(self._sizes)} sizes for {int(ndims.sum())} dimensions")
 
     def _shape(self, row: int) -> tuple[int, ...]:
-        shape = tuple(self._sizes[self._shape_begins[row] : self._shape_ends[row]])
+        shape = tuple(self._sizes[self._shape_begins[row] : self._shape_ends[row]].tolist())
         if math.prod(shape) * self._infos[row].itemsize > MAX_BYTES:
             refuse(f"shape {list(shape)} is absurdly large", tensor=self.names[row])
         return shape
@@ -295,7 +344,7 @@ class TensorSectionReader:
         place = np.zeros(count, np.int64)
         place[whole_rows] = np.arange(len(whole_rows))
         place[table_rows] = -1 - np.arange(len(table_rows))
-        self._place: list[int] = place.tolist()
+        self._place = place
         self._whole_start = _read_only(_integers(fields, "start", MAX_BYTES + 1))
         if len(self._whole_start) != len(whole_rows):
             refuse(f"tensors.start: {len(self._whole_start)} values for {len(whole_rows)} tensors")
@@ -303,28 +352,18 @@ class TensorSectionReader:
         self._whole_file = _read_only(file.astype(np.int32))
 
     def _loader(self, row: int) -> Callable[[], StoredChunks]:
-        place = self._place[row]
+        place = int(self._place[row])
         if place >= 0:
             return partial(self._whole_chunk, row, place)
         return partial(self._table_chunks, row, -1 - place)
 
-    def _whole_loader(self, row: int) -> Callable[[], tuple[int, int]] | None:
-        place = self._place[row]
-        return partial(self._whole_place, row, place) if place >= 0 else None
-
-    def _whole_place(self, row: int, place: int) -> tuple[int, int]:
-        # With plain integers: there may be a hundred thousand tensors of one chunk.
-        start, file = self._whole_start.item(place), self._whole_file.item(place)
-        if start + math.prod(self._shape(row)) * self._infos[row].itemsize > self._data_sizes[file]:
-            self._refuse_behind_file(row)
-        return file, start
-
     def _whole_chunk(self, row: int, place: int) -> StoredChunks:
-        self._whole_place(row, place)
         shape = self._shape(row)
         start = self._whole_start[place : place + 1]
         file = self._whole_file[place : place + 1]
         nbytes = math.prod(shape) * self._infos[row].itemsize
+        if int(start[0]) + nbytes > self._data_sizes[int(file[0])]:
+            self._refuse_behind_file(row)
         return StoredChunks(
             offsets=_read_only(np.zeros((1, len(shape)), np.int64)),
             sizes=_read_only(np.array((shape,), np.int64)),

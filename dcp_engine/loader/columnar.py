@@ -23,6 +23,7 @@ from dcp_engine.errors import DamagedCheckpointError, StateMismatchError
 from dcp_engine.format.manifest import Manifest
 from dcp_engine.format.names import MANIFEST_NAME
 from dcp_engine.loader.agreed_manifest import agree_on_manifest
+from dcp_engine.loader.agreeing import DigestsOf, agreeing_names
 from dcp_engine.loader.destination import Destination, Path
 from dcp_engine.loader.medium import RankPlace, place_of, worth_handing_on
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
@@ -103,6 +104,7 @@ def load_columns(
                 group=group,
                 world_size=operation.world_size,
                 options=options,
+                digests_of=lambda file, start: reader.block_digests(manifest, file, start),
             )
         except DamagedCheckpointError as error:
             if manifest.token is None:  # else it is one of several, or what they make together
@@ -187,11 +189,17 @@ def _plan(
     group: GroupRanks,
     world_size: int,
     options: LoadOptions,
+    digests_of: DigestsOf,
 ) -> _RankPlan:
     flat = flatten(destination.resolved, flatten_state_dict=planner.flatten_state_dict)
     tensors: list[TensorValue] = []
     requests: list[ObjectRequest] = []
-    leaves = [with_memory(leaf) for leaf in flat.leaves]
+    leaves = list(flat.leaves)
+    materialized: list[tuple[Path, torch.Tensor]] = []
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf.value, torch.Tensor) and leaf.value.is_meta:
+            leaves[at] = with_memory(leaf)
+            materialized.append((leaf.path, leaves[at].value))
     described = describe_leaves(
         leaves,
         group=group,
@@ -205,38 +213,43 @@ def _plan(
             else:
                 own = value.fqn == leaf.fqn
                 requests.append(ObjectRequest(value=value, path=leaf.path if own else None))
+    names = {value.fqn for value in tensors}
+    names.update([request.value.fqn for request in requests])
+    rank, world_size = options.as_rank or (group.rank, world_size)
+    agreeing = (
+        agreeing_names(manifest, names, digests_of)
+        if world_size != manifest.world_size
+        else frozenset()
+    )
     source = make_load_columns(
         tensors,
         manifest,
-        rank=group.rank,
+        rank=rank,
         world_size=world_size,
         strict=not planner.allow_partial_load,
         per_rank=options.per_rank,
+        agreeing=agreeing,
     )
     chosen = [
         choose_object(
             request,
             manifest,
-            rank=group.rank,
+            rank=rank,
             world_size=world_size,
             options=options,
             allow_partial=planner.allow_partial_load,
             checkpoint=checkpoint,
+            agreeing=agreeing,
         )
         for request in requests
     ]
     stored = {*manifest.objects, *manifest.per_rank_objects}
-    names = {value.fqn for value in tensors} | {request.value.fqn for request in requests}
     return _RankPlan(
         manifest=manifest,
         source=source,
         objects=tuple(wanted for wanted in chosen if wanted is not None),
         lists=tuple((_list_path(flat, name), values) for name, values in source.lists),
-        materialized=tuple(
-            (leaf.path, leaf.value)
-            for leaf, before in zip(leaves, flat.leaves, strict=True)
-            if leaf is not before
-        ),
+        materialized=tuple(materialized),
         missing=(
             *source.missing,
             *(r.value.fqn for r in requests if r.value.fqn not in stored),

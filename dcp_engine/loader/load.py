@@ -16,6 +16,7 @@ from dcp_engine.loader.options import LoadOptions
 from dcp_engine.loader.report import LoadReport
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planner import LoadPlanner
+from dcp_engine.redaction import redact_url
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader
 
@@ -68,7 +69,7 @@ def _attempt(
         and reader.takes_columns
         and is_default_load_planner(planner)
     )
-    name = checkpoint_id
+    name = None if checkpoint_id is None else redact_url(checkpoint_id)
     if name is None:
         name = reader.checkpoint if isinstance(reader, ColumnarReader) else type(reader).__name__
     with session.begin(

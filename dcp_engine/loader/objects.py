@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from dcp_engine.errors import StateMismatchError
@@ -77,8 +77,11 @@ def choose_object(
     options: LoadOptions,
     allow_partial: bool,
     checkpoint: str,
+    agreeing: Collection[str] = (),
 ) -> WantedObject | None:
     """The stored object for ``request``; None if it is to be skipped.
+
+    ``agreeing``: names of per-rank values that are the same on all ranks that saved them.
 
     Raises ``StateMismatchError`` with kind ``missing_key``, ``type_mismatch`` or
     ``world_size_mismatch``.
@@ -90,6 +93,8 @@ def choose_object(
     same_world = world_size == manifest.world_size
     if by_rank is not None and same_world and rank in by_rank:
         return WantedObject(request=request, stored=(by_rank[rank],), as_list=False)
+    if by_rank is not None and not same_world and fqn in agreeing:
+        return WantedObject(request=request, stored=(by_rank[min(by_rank)],), as_list=False)
     if by_rank is not None and not same_world:
         if options.per_rank == "list":
             ordered = tuple(by_rank[r] for r in sorted(by_rank))

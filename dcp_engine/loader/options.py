@@ -26,3 +26,6 @@ class LoadOptions:
     per_rank: PerRankPolicy = "error"
     allow_pickle: bool = False
     shared_reads: SharedReads = "auto"
+    as_rank: tuple[int, int] | None = None
+    """Rank and world size for which per-rank values are chosen, where they are not those of the
+    load: of a process that reads by itself and still is one of several."""

@@ -7,12 +7,16 @@ what a tensor or a rank is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
     "all_rows",
     "pad_columns",
+    "padded_rows",
     "row_products",
     "segment_positions",
     "segment_starts",
@@ -50,6 +54,18 @@ def pad_columns(values: I64, width: int, fill: int) -> I64:
         return values
     padded = np.full((len(values), width), fill, dtype=np.int64)
     padded[:, : values.shape[1]] = values
+    return padded
+
+
+def padded_rows(rows: Sequence[tuple[int, ...]], width: int, fill: int) -> I64:
+    """Tuples of at most ``width`` numbers as (N, width), padded on the right with ``fill``."""
+    count = len(rows)
+    lengths = np.fromiter(map(len, rows), np.int64, count)
+    cells = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    if len(cells) == count * width:
+        return cells.reshape(count, width)
+    padded = np.full((count, width), fill, dtype=np.int64)
+    padded[np.arange(width) < lengths[:, None]] = cells
     return padded
 
 

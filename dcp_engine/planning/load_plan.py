@@ -15,9 +15,12 @@ import numpy.typing as npt
 import torch
 
 from dcp_engine.errors import DamagedCheckpointError, StateMismatchError
+from dcp_engine.format.dtypes import code_of, info, is_known
+from dcp_engine.format.lazy_maps import TensorMap
 from dcp_engine.format.manifest import Manifest, StoredTensor
+from dcp_engine.format.tensor_section import WholeTensors
 from dcp_engine.geometry.boxes import find_overlaps
-from dcp_engine.planning.arrays import pad_columns, row_products
+from dcp_engine.planning.arrays import all_rows, pad_columns, padded_rows, row_products
 from dcp_engine.planning.columns import I32, I64, LoadColumns
 from dcp_engine.state.values import Box, TensorValue
 
@@ -54,6 +57,7 @@ def make_load_columns(
     world_size: int,
     strict: bool = True,
     per_rank: PerRankPolicy = "error",
+    agreeing: Collection[str] = (),
 ) -> LoadSource:
     """Plan one rank's load.
 
@@ -61,6 +65,8 @@ def make_load_columns(
         wanted: the destinations.
         strict: whether a wanted tensor that is not stored is an error; else it is reported.
         per_rank: what becomes of per-rank values that another number of ranks saved.
+        agreeing: names of those that are the same on all ranks that saved them, which are read
+            as if they were replicated.
 
     Raises ``StateMismatchError`` of kind ``missing_key``, ``shape_mismatch``, ``dtype_mismatch``,
     ``type_mismatch`` or ``world_size_mismatch``, naming the tensor, and ``DamagedCheckpointError``
@@ -70,11 +76,15 @@ def make_load_columns(
     missing: list[str] = []
     skipped: list[str] = []
     lists: list[tuple[str, tuple[torch.Tensor, ...]]] = []
-    for value in wanted:
+    for value in _add_whole_tensors(wanted, manifest, parts):
         stored = manifest.tensors.get(value.fqn)
         by_rank = manifest.per_rank_tensors.get(value.fqn)
         if stored is None and by_rank is not None:
-            if manifest.world_size != world_size:
+            if manifest.world_size == world_size:
+                stored = by_rank.get(rank)
+            elif value.fqn in agreeing:
+                stored = by_rank[min(by_rank)]
+            else:
                 if per_rank == "error":
                     raise _other_world(value, manifest.world_size, world_size)
                 if per_rank == "skip":
@@ -82,7 +92,6 @@ def make_load_columns(
                     continue
                 lists.append((value.fqn, _read_all(by_rank, parts)))
                 continue
-            stored = by_rank.get(rank)
         if stored is None:
             _refuse_missing(value, manifest, strict, rank)
             missing.append(value.fqn)
@@ -97,6 +106,39 @@ def make_load_columns(
         missing=tuple(missing),
         skipped=tuple(skipped),
     )
+
+
+def _add_whole_tensors(
+    wanted: Sequence[TensorValue], manifest: Manifest, parts: _Parts
+) -> Sequence[TensorValue]:
+    """Plan what is wanted whole, stored in one chunk, and fits: what there may be a hundred
+    thousand of, so without an object for each. Returns the others."""
+    if not isinstance(manifest.tensors, TensorMap):
+        return wanted
+    stored = manifest.tensors.whole([value.fqn for value in wanted])
+    # Most are ``wanted`` itself, all of it.
+    found = wanted if len(stored.at) == len(wanted) else [wanted[at] for at in stored.at.tolist()]
+    shapes = [value.shape for value in found]
+    dtypes = [value.dtype for value in found]
+    boxes = [value.boxes for value in found]
+    codes = {dtype: code_of(dtype) if is_known(dtype) else -1 for dtype in set(dtypes)}
+    ndims = np.fromiter(map(len, shapes), np.int64, len(found))
+    width = max(stored.shapes.shape[1], int(ndims.max(initial=0)))
+    stored_shapes = pad_columns(stored.shapes, width, 1)
+    fits = np.fromiter(map(codes.__getitem__, dtypes), np.int64, len(found)) == stored.dtypes
+    fits &= (ndims == stored.ndims) & all_rows(padded_rows(shapes, width, 1) == stored_shapes)
+    fits &= np.array(
+        [len(b) == 1 and b[0].sizes == shape for b, shape in zip(boxes, shapes, strict=True)],
+        np.bool_,
+    )
+    rows = np.flatnonzero(fits)
+    if len(rows) == len(wanted):
+        parts.add_whole(wanted, stored, rows)
+        return ()
+    parts.add_whole([found[row] for row in rows.tolist()], stored, rows)
+    rest = np.ones(len(wanted), np.bool_)
+    rest[stored.at[rows]] = False
+    return [wanted[at] for at in np.flatnonzero(rest).tolist()]
 
 
 def plan_boxes(stored: StoredTensor, boxes: Sequence[Box]) -> LoadColumns:
@@ -135,16 +177,10 @@ class _Parts:
         self._dest: list[I64] = []
         # chunk_offsets, chunk_sizes, within, lengths, dest_within
         self._boxes: tuple[list[I64], ...] = ([], [], [], [], [])
-        self._whole: list[tuple[StoredTensor, int, int, int]] = []
-        """Tensor, file, start and destination of whole tensors of one chunk: what there may be
-        many of."""
 
     def add(self, stored: StoredTensor, boxes: Sequence[Box], *, first: int) -> None:
         """Read ``boxes`` of ``stored`` into the destinations from row ``first`` on."""
         if not boxes:
-            return
-        if stored.load_whole is not None and len(boxes) == 1 and boxes[0].sizes == stored.shape:
-            self._whole.append((stored, *stored.load_whole(), first))
             return
         chunks = stored.chunks
         ndim = len(stored.shape)
@@ -181,35 +217,28 @@ class _Parts:
         ):
             column.append(values)
 
-    def _add_whole(self) -> None:
-        """Turn the whole tensors into columns, all of one number of dimensions at once."""
-        by_ndim: dict[int, list[tuple[StoredTensor, int, int, int]]] = {}
-        for entry in self._whole:
-            by_ndim.setdefault(len(entry[0].shape), []).append(entry)
-        self._whole = []
-        for ndim, entries in by_ndim.items():
-            count = len(entries)
-            sizes = np.array([stored.shape for stored, *_ in entries], np.int64)
-            sizes = sizes.reshape(count, ndim)
-            zeros = np.zeros((count, ndim), np.int64)
-            self._names += [stored.name for stored, *_ in entries]
-            self._ndims += [ndim] * count
-            self._itemsizes += [stored.info.itemsize for stored, *_ in entries]
-            self._counts += [1] * count
-            self._shared += [
-                stored.alias_of is not None or stored.shares_bytes for stored, *_ in entries
-            ]
-            self._file.append(np.array([file for _, file, _, _ in entries], np.int32))
-            self._start.append(np.array([start for _, _, start, _ in entries], np.int64))
-            self._dest.append(np.array([dest for *_, dest in entries], np.int64))
-            for column, values in zip(
-                self._boxes, (zeros, sizes, zeros, sizes, zeros), strict=True
-            ):
-                column.append(values)
+    def add_whole(self, values: Sequence[TensorValue], stored: WholeTensors, rows: I64) -> None:
+        """Read ``rows`` of ``stored``, each into the one tensor of its value."""
+        count, ndims = len(rows), stored.ndims[rows]
+        sizes = stored.shapes[rows, : int(ndims.max(initial=1))]
+        zeros = np.zeros_like(sizes)
+        codes = stored.dtypes[rows].tolist()
+        itemsizes = {code: info(code).itemsize for code in set(codes)}
+        first = len(self.destinations)
+        self.destinations.extend([value.tensors[0] for value in values])
+        self._names += [value.fqn for value in values]
+        self._ndims += ndims.tolist()
+        self._itemsizes += [itemsizes[code] for code in codes]
+        self._counts += [1] * count
+        self._shared += [False] * count
+        self._file.append(stored.file[rows])
+        self._start.append(stored.start[rows])
+        self._dest.append(np.arange(first, first + count))
+        for column, cells in zip(self._boxes, (zeros, sizes, zeros, sizes, zeros), strict=True):
+            column.append(cells)
 
     def columns(self) -> LoadColumns:
         """All of it, by file and position."""
-        self._add_whole()
         width = max([1, *self._ndims])
         fills = (0, 1, 0, 1, 0)
         chunk_offsets, chunk_sizes, within, lengths, dest_within = (

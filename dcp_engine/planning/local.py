@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from dcp_engine.errors import UnsupportedStateError
 from dcp_engine.format.dtypes import code_of
+from dcp_engine.planning.arrays import all_rows, padded_rows
 from dcp_engine.planning.columns import (
     I32,
-    I64,
     NO_ALIAS,
     NO_OWNER,
     U8,
@@ -63,54 +64,62 @@ def make_local_plan(
     """
     tensors = [value for value in values if isinstance(value, TensorValue)]
     objects = [value for value in values if isinstance(value, ObjectValue)]
-    if not "".join(value.fqn for value in values).isascii():
+    names = tuple([value.fqn for value in tensors])
+    object_names = tuple([value.fqn for value in objects])
+    if not ("".join(names).isascii() and "".join(object_names).isascii()):
         for value in values:
             _check_name(value.fqn, rank)
-    width = max([1, *(len(value.shape) for value in tensors)])
-    kinds = np.array([value.kind for value in tensors], dtype=np.uint8)
-    sizes_seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
-    for value in tensors:
-        if (value.shape, value.dtype) not in sizes_seen:
-            _check_size(value, rank)
-            sizes_seen.add((value.shape, value.dtype))
-    shapes = _box_column([value.shape for value in tensors], width, 1)
-    boxes = [
-        (row, i)
-        for row, value in enumerate(tensors)
-        for i, box in enumerate(value.boxes)
-        if 0 not in box.sizes
-    ]
+    global_shapes = [value.shape for value in tensors]
+    _check_sizes(tensors, global_shapes, rank)
+    width = max([1, *set(map(len, global_shapes))])
+    kinds = _bytes_column([value.kind for value in tensors])
+    boxes = [value.boxes for value in tensors]
+    counts = np.fromiter(map(len, boxes), np.int64, len(boxes))
+    flat_boxes = list(chain.from_iterable(boxes))
+    sizes = padded_rows([box.sizes for box in flat_boxes], width, 1)
+    offsets = padded_rows([box.offsets for box in flat_boxes], width, 0)
+    rows = np.repeat(np.arange(len(tensors), dtype=np.int32), counts)
+    memory = tuple(chain.from_iterable([value.tensors for value in tensors]))
+    filled = np.flatnonzero(all_rows(sizes != 0))
+    if len(filled) < len(sizes):
+        sizes, offsets, rows = sizes[filled], offsets[filled], rows[filled]
+        memory = tuple([memory[i] for i in filled.tolist()])
     plan = LocalPlan(
         tensors=TensorTable(
-            names=tuple(value.fqn for value in tensors),
+            names=names,
             kinds=kinds,
             dtypes=_dtype_codes(tensors, rank),
-            ndims=np.array([len(value.shape) for value in tensors], dtype=np.uint8),
-            shapes=shapes,
+            ndims=_bytes_column(list(map(len, global_shapes))),
+            shapes=padded_rows(global_shapes, width, 1),
             owners=np.where(kinds == EntryKind.PER_RANK, rank, NO_OWNER).astype(np.int32),
         ),
-        chunks=Chunks(
-            tensor=np.array([row for row, _ in boxes], dtype=np.int32),
-            offsets=_box_column([tensors[row].boxes[i].offsets for row, i in boxes], width, 0),
-            sizes=_box_column([tensors[row].boxes[i].sizes for row, i in boxes], width, 1),
-        ),
+        chunks=Chunks(tensor=rows, offsets=offsets, sizes=sizes),
         aliases=_same_boxes(tensors, np.asarray(aliases, dtype=np.int32)),
         objects=ObjectTable(
-            names=tuple(value.fqn for value in objects),
-            kinds=np.array([value.kind for value in objects], dtype=np.uint8),
+            names=object_names,
+            kinds=_bytes_column([value.kind for value in objects]),
             owners=np.full(len(objects), NO_OWNER, dtype=np.int32),
         ),
         containers=containers,
     )
+    one_each = len(rows) == len(tensors) and bool((counts == 1).all())
+    of_chunks = None if one_each else rows.tolist()
     return LocalSource(
         plan=plan,
-        names=tuple(tensors[row].fqn for row, _ in boxes),
-        shapes=tuple(tensors[row].shape for row, _ in boxes),
-        tensors=tuple(tensors[row].tensors[i] for row, i in boxes),
+        names=names if of_chunks is None else tuple([names[row] for row in of_chunks]),
+        shapes=tuple(global_shapes)
+        if of_chunks is None
+        else tuple([global_shapes[row] for row in of_chunks]),
+        tensors=memory,
         replicated_objects=frozenset(
             value.fqn for value in objects if value.kind is EntryKind.REPLICATED
         ),
     )
+
+
+def _bytes_column(values: list[int]) -> U8:
+    """Small numbers, enum members among them, which numpy alone converts slowly."""
+    return np.frombuffer(bytes(values), np.uint8).copy()
 
 
 def _same_boxes(tensors: Sequence[TensorValue], aliases: I32) -> I32:
@@ -128,34 +137,33 @@ def _same_boxes(tensors: Sequence[TensorValue], aliases: I32) -> I32:
     return result
 
 
-def _box_column(rows: Sequence[tuple[int, ...]], width: int, fill: int) -> I64:
-    padding = [(fill,) * (width - ndim) for ndim in range(width + 1)]
-    padded = [(*row, *padding[len(row)]) for row in rows]
-    return np.array(padded, np.int64).reshape(len(rows), width)
-
-
 def _dtype_codes(tensors: Sequence[TensorValue], rank: int) -> U8:
+    dtypes = [value.dtype for value in tensors]
     codes: dict[torch.dtype, int] = {}
-    for value in tensors:
-        if value.dtype not in codes:
-            try:
-                codes[value.dtype] = code_of(value.dtype)
-            except UnsupportedStateError as error:
-                raise error.with_context(tensor=value.fqn, rank=rank) from None
-    return np.array([codes[value.dtype] for value in tensors], dtype=np.uint8)
+    for dtype in set(dtypes):
+        try:
+            codes[dtype] = code_of(dtype)
+        except UnsupportedStateError as error:
+            name = tensors[dtypes.index(dtype)].fqn
+            raise error.with_context(tensor=name, rank=rank) from None
+    return _bytes_column([codes[dtype] for dtype in dtypes])
 
 
-def _check_size(value: TensorValue, rank: int) -> None:
-    nbytes = value.dtype.itemsize
-    for size in value.shape:
-        # Zero-size tensors may have absurd other dimensions; they cost nothing but must fit.
-        nbytes *= max(size, 1)
-    if nbytes > MAX_TENSOR_BYTES:
-        raise UnsupportedStateError(
-            f"a tensor of shape {tuple(value.shape)} has more than 2^60 bytes",
-            tensor=value.fqn,
-            rank=rank,
-        )
+def _check_sizes(
+    tensors: Sequence[TensorValue], shapes: Sequence[tuple[int, ...]], rank: int
+) -> None:
+    dtypes = [value.dtype for value in tensors]
+    for shape, dtype in set(zip(shapes, dtypes, strict=True)):
+        nbytes = dtype.itemsize
+        for size in shape:
+            # Zero-size tensors may have absurd other dimensions; they cost nothing but must fit.
+            nbytes *= max(size, 1)
+        if nbytes > MAX_TENSOR_BYTES:
+            raise UnsupportedStateError(
+                f"a tensor of shape {tuple(shape)} has more than 2^60 bytes",
+                tensor=tensors[shapes.index(shape)].fqn,
+                rank=rank,
+            )
 
 
 def _check_name(name: str, rank: int) -> None:

@@ -6,47 +6,33 @@ validated across ranks before a load does it, and nothing can be overwritten ato
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import msgspec
 
 from dcp_engine.coordination.interface import Decision, Operation
-from dcp_engine.default_planner import DefaultSavePlanner
 from dcp_engine.error_context import located
-from dcp_engine.format.metadata_view import ManifestMetadata
-from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, SaveTicket
 from dcp_engine.planning.collective_free import make_own_plan
 from dcp_engine.saver.outcome import commit_once, settle_failure
-from dcp_engine.saver.prepare import prepare
-from dcp_engine.state.adapters import GroupRanks
+from dcp_engine.saver.prepare import PrepareState
 
 __all__ = ["save_collective_free"]
 
 
 def save_collective_free(
     operation: Operation,
-    state_dict: Mapping[str, Any],
+    prepare_state: PrepareState,
     *,
     checkpoint_id: str | None,
     writer: ColumnarWriter,
-    planner: DefaultSavePlanner,
-    group: GroupRanks,
     ticket: SaveTicket,
-) -> Metadata:
-    """Write and commit this rank's part. ``operation`` is of this rank alone."""
+) -> CommitRecord:
+    """Write and commit this rank's part. ``operation`` is of this rank alone, and so is what
+    ``prepare_state`` returns: its own share."""
 
     def write() -> bytes:
         with located(checkpoint=writer.checkpoint, rank=ticket.rank):
             writer.reset(checkpoint_id)
-            prepared = prepare(
-                state_dict,
-                planner=planner,
-                group=group,
-                strict_replicas=False,
-                own_share_only=True,
-            )
+            prepared = prepare_state()
             plan, assignment = make_own_plan(
                 prepared.source.plan, rank=ticket.rank, world_size=ticket.world_size
             )
@@ -79,5 +65,4 @@ def save_collective_free(
         )
         raise
     writer.end_save()
-    record = msgspec.msgpack.decode(common, type=CommitRecord)
-    return ManifestMetadata.lazily(writer.manifest_source(record))
+    return msgspec.msgpack.decode(common, type=CommitRecord)

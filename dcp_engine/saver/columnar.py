@@ -5,57 +5,51 @@ Steps: those of ``agreement``, then ``write`` on every rank and ``commit`` on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import msgspec
 
 from dcp_engine.coordination.interface import Decision, Operation
-from dcp_engine.default_planner import DefaultSavePlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import ConflictError
-from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.format.names import new_save_id
-from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, RankReport, SaveTicket
 from dcp_engine.saver.agreement import Agreed, Agreement
-from dcp_engine.saver.options import SaveOptions
 from dcp_engine.saver.outcome import commit_once, settle_failure
 from dcp_engine.saver.plan_memory import PlanMemory
-from dcp_engine.saver.prepare import PreparedState, prepare
-from dcp_engine.state.adapters import GroupRanks
+from dcp_engine.saver.prepare import PreparedState, PrepareState
 
 __all__ = ["save_columns"]
 
 
 def save_columns(
     operation: Operation,
-    state_dict: Mapping[str, Any],
+    prepare_state: PrepareState,
     *,
     checkpoint_id: str | None,
     writer: ColumnarWriter,
-    planner: DefaultSavePlanner,
-    group: GroupRanks,
-    options: SaveOptions,
+    dedup_to_lowest_rank: bool,
+    strict_replicas: bool,
     memory: PlanMemory,
     ticket: Callable[[str], SaveTicket],
-) -> Metadata:
-    """Carry one save through on this rank; see the module docstring for the order."""
+) -> CommitRecord:
+    """Carry one save through on this rank; see the module docstring for the order.
+
+    Args:
+        prepare_state: called in step ``agree``.
+        dedup_to_lowest_rank, strict_replicas: see ``Agreement``.
+    """
     save = _ColumnarSave(operation, checkpoint_id, writer, ticket)
-    strict = options.strict_replicas or planner.strict_replicas
     agreement = Agreement(
         operation,
         memory,
-        dedup_to_lowest_rank=planner.dedup_save_to_lowest_rank,
-        strict_replicas=strict,
+        dedup_to_lowest_rank=dedup_to_lowest_rank,
+        strict_replicas=strict_replicas,
         checkpoint=writer.checkpoint,
     )
     try:
-        prepared, answer = save.agree(
-            agreement,
-            lambda: prepare(state_dict, planner=planner, group=group, strict_replicas=strict),
-        )
+        prepared, answer = save.agree(agreement, prepare_state)
         agreed = agreement.settle(answer, prepared)
         record = save.write(prepared, agreed)
     except BaseException as error:
@@ -72,7 +66,7 @@ def save_columns(
         writer.remove_replaced()
     writer.end_save()
     agreed.remember(memory)
-    return ManifestMetadata.lazily(writer.manifest_source(record))
+    return record
 
 
 class _ColumnarSave:
@@ -95,7 +89,7 @@ class _ColumnarSave:
         self._observed: str | None = None
 
     def agree(
-        self, agreement: Agreement, prepare_state: Callable[[], PreparedState]
+        self, agreement: Agreement, prepare_state: PrepareState
     ) -> tuple[PreparedState, bytes]:
         prepared: list[PreparedState] = []
 

@@ -12,18 +12,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 import torch
 
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.digest import digest_value
 from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.planning.local import LocalSource
 from dcp_engine.planning.replica_classes import Classes, classify
 from dcp_engine.planning.replicas import compare_details
 from dcp_engine.state.adapters.memory import as_integers
 from dcp_engine.state.values import EntryKind, ObjectValue, Value
 
-__all__ = ["COMPARED_BYTES", "ReplicasDifferWarning", "compare_replicas", "digest_replicas"]
+__all__ = [
+    "COMPARED_BYTES",
+    "ReplicasDifferWarning",
+    "compare_replicas",
+    "digest_replicas",
+    "digest_source",
+]
 
 COMPARED_BYTES = 1 << 20
 """Replicated tensors up to this many bytes are compared between ranks on every save."""
@@ -50,6 +58,24 @@ def digest_replicas(
             tensor = value.tensors[0]
             if strict or tensor.numel() * tensor.element_size() <= COMPARED_BYTES:
                 digests[value.fqn] = digest_value(_bytes_of(tensor))
+    return digests
+
+
+def digest_source(
+    source: LocalSource, objects: Mapping[str, EncodedObject], *, strict: bool
+) -> dict[str, int]:
+    """What ``digest_replicas`` returns, of columns. Tensors without elements are left out: they
+    have one value."""
+    digests = {
+        name: digest_value(objects[name].data)
+        for name in source.replicated_objects
+        if name in objects
+    }
+    kinds = source.plan.tensors.kinds[source.plan.chunks.tensor]
+    for row in np.flatnonzero(kinds == EntryKind.REPLICATED).tolist():
+        tensor = source.tensors[row]
+        if strict or tensor.nbytes <= COMPARED_BYTES:
+            digests[source.names[row]] = digest_value(_bytes_of(tensor))
     return digests
 
 

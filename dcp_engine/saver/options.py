@@ -9,10 +9,12 @@ from typing import Any
 
 from dcp_engine.coordination.interface import Deadlines
 
-__all__ = ["SAVE_PHASES", "ExtraContent", "SaveOptions"]
+__all__ = ["ASYNC_SAVE_PHASES", "SAVE_PHASES", "ExtraContent", "SaveOptions"]
 
 SAVE_PHASES = ("agree", "plan", "compare", "write", "commit")
 """What ``phase_timeouts`` may name."""
+ASYNC_SAVE_PHASES = ("staging", "group", "join", *SAVE_PHASES)
+"""What it may name for asynchronous saves: workers agree on their process group first."""
 
 ExtraContent = bytes | str | os.PathLike[str]
 """Bytes, text (stored as UTF-8), or the path of a file to copy."""

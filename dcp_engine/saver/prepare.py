@@ -5,9 +5,11 @@ Runs on the calling rank alone; refuses by name whatever could not be loaded aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dcp_engine.collector import collector_paused
 from dcp_engine.default_planner import DefaultSavePlanner
@@ -16,12 +18,13 @@ from dcp_engine.format.object_codec import EncodedObject, encode_object
 from dcp_engine.planning.collective_free import own_share
 from dcp_engine.planning.local import LocalSource, make_local_plan
 from dcp_engine.saver.compare import digest_replicas
+from dcp_engine.staging.versions import outer_tensors
 from dcp_engine.state.adapters import GroupRanks, describe_leaves
 from dcp_engine.state.aliases import find_aliases
 from dcp_engine.state.flatten import FlatState, Leaf, Path, flatten, resolve_stateful
 from dcp_engine.state.values import ObjectValue, TensorValue, Value
 
-__all__ = ["PreparedState", "prepare"]
+__all__ = ["PrepareState", "PreparedState", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,13 @@ class PreparedState:
     compared: Mapping[str, int]
     """64-bit digests of the replicated values that are compared between ranks; empty on one rank
     alone."""
+    outer: Sequence[tuple[str, torch.Tensor]] = ()
+    """The sharded tensors and wrapper subclasses themselves, by key: what a copy in the background
+    has to watch beside ``source.tensors``."""
+
+
+PrepareState = Callable[[], PreparedState]
+"""Prepares when a save asks for it: what it raises is a failure of this rank, which all hear of."""
 
 
 @collector_paused()
@@ -44,10 +54,12 @@ def prepare(
     group: GroupRanks,
     strict_replicas: bool,
     own_share_only: bool = False,
+    compare: bool = True,
 ) -> PreparedState:
     """Describe, encode and digest everything this rank holds.
 
-    With ``own_share_only`` (collective-free saves) what another rank writes is left out.
+    With ``own_share_only`` (collective-free saves) what another rank writes is left out. Without
+    ``compare`` nothing is digested, for whoever does that later, of a copy.
     """
     resolved, _ = resolve_stateful(state_dict)
     flat = flatten(resolved, flatten_state_dict=planner.flatten_state_dict)
@@ -69,13 +81,16 @@ def prepare(
         source=source,
         objects=objects,
         compared={}
-        if group.ranks is None or len(group.ranks) == 1
+        if not compare or group.ranks is None or len(group.ranks) == 1
         else digest_replicas(values, objects, strict=strict_replicas),
+        outer=outer_tensors(flat.leaves),
     )
 
 
 def _nesting(flat: FlatState, described: Sequence[tuple[Leaf, Sequence[Value]]]) -> bytes:
     """Where every stored name lies; a wrapper subclass counts as a dict of its parts."""
+    if all(len(values) == 1 and values[0].fqn is leaf.fqn for leaf, values in described):
+        return encode_nesting(flat.mappings, flat.containers)
     paths: dict[str, Path] = {}
     containers: dict[Path, str] = dict(flat.containers)
     for leaf, values in described:

@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcp_engine.coordination.interface import Session
+from dcp_engine.coordination.interface import Operation, RunIdentity, Session
 from dcp_engine.default_planner import DefaultSavePlanner, is_default_save_planner
 from dcp_engine.errors import UsageError
+from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.metadata import Metadata
-from dcp_engine.native_storage import ColumnarWriter, SaveTicket
+from dcp_engine.native_storage import ColumnarWriter, CommitRecord, SaveTicket
 from dcp_engine.planner import SavePlanner
+from dcp_engine.redaction import redact_url
 from dcp_engine.saver.collective_free import save_collective_free
 from dcp_engine.saver.columnar import save_columns
 from dcp_engine.saver.item_based import save_items
 from dcp_engine.saver.options import ExtraContent, SaveOptions
 from dcp_engine.saver.plan_memory import PlanMemory
+from dcp_engine.saver.prepare import PrepareState, prepare
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageWriter
 
-__all__ = ["save"]
+__all__ = [
+    "ColumnContent",
+    "ItemContent",
+    "Saved",
+    "begin_save",
+    "carry_out",
+    "checkpoint_name",
+    "content_of",
+    "extra_contents",
+    "require_writer",
+    "save",
+    "takes_columns",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnContent:
+    """What a save as columns writes."""
+
+    prepare: PrepareState
+    dedup_to_lowest_rank: bool
+    strict_replicas: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemContent:
+    """What a save in DCP's life cycle writes."""
+
+    state_dict: Mapping[str, Any]
+    planner: SavePlanner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A save that was committed."""
+
+    metadata: Metadata
+    record: CommitRecord | None
+    """Of a save as columns: what any process can read the manifest by."""
 
 
 def save(
@@ -43,83 +85,191 @@ def save(
         group, world_size: the ranks that save together, in either case.
         memory: plans of earlier saves, by the same ranks.
     """
+    require_writer(writer)
+    content = content_of(state_dict, writer=writer, planner=planner, group=group, options=options)
+    with begin_save(
+        session, checkpoint_id=checkpoint_id, writer=writer, options=options
+    ) as operation:
+        return carry_out(
+            operation,
+            content,
+            checkpoint_id=checkpoint_id,
+            writer=writer,
+            identity=session.identity,
+            rank=group.rank,
+            world_size=world_size,
+            memory=memory,
+            options=options,
+        ).metadata
+
+
+def require_writer(writer: StorageWriter) -> None:
+    """Raise ``UsageError`` for what is no writer: torch's class of that name, for example."""
     if not isinstance(writer, StorageWriter):
         raise UsageError(
             f"{type(writer).__name__} is not a dcp_engine.StorageWriter",
             hint="derive it from dcp_engine.StorageWriter instead of torch's class of that name",
         )
+
+
+def takes_columns(writer: StorageWriter, planner: SavePlanner | None) -> bool:
+    """Whether a save goes as columns: default planner, engine's own writer, neither with a method
+    overridden."""
+    return (
+        isinstance(writer, ColumnarWriter)
+        and writer.takes_columns
+        and (planner is None or is_default_save_planner(planner))
+    )
+
+
+def content_of(
+    state_dict: Mapping[str, Any],
+    *,
+    writer: StorageWriter,
+    planner: SavePlanner | None,
+    group: GroupRanks,
+    options: SaveOptions,
+) -> ColumnContent | ItemContent:
+    """How ``state_dict`` is going to be saved; nothing is looked at yet."""
     planner = planner if planner is not None else DefaultSavePlanner()
-    name = checkpoint_id
-    if name is None:
-        name = writer.checkpoint if isinstance(writer, ColumnarWriter) else type(writer).__name__
-    coordinator = options.coordinator_rank if options.use_collectives else 0
-    ticket = _ticket_maker(session, group.rank, world_size, options)
-    with session.begin(
-        "save", name, deadlines=options.deadlines, coordinator_rank=coordinator
-    ) as operation:
-        if (
-            isinstance(writer, ColumnarWriter)
-            and isinstance(planner, DefaultSavePlanner)
-            and writer.takes_columns
-            and is_default_save_planner(planner)
-        ):
-            if not options.use_collectives:
-                if options.save_id is None:
-                    raise UsageError("a collective-free save needs a save_id", checkpoint=name)
-                return save_collective_free(
-                    operation,
-                    state_dict,
-                    checkpoint_id=checkpoint_id,
-                    writer=writer,
-                    planner=planner,
-                    group=group,
-                    ticket=ticket(options.save_id),
-                )
-            return save_columns(
-                operation,
-                state_dict,
-                checkpoint_id=checkpoint_id,
-                writer=writer,
-                planner=planner,
-                group=group,
-                options=options,
-                memory=memory,
-                ticket=ticket,
-            )
-        _refuse_what_items_cannot(writer, planner, options, name)
-        return save_items(
-            operation,
+    if not (isinstance(planner, DefaultSavePlanner) and takes_columns(writer, planner)):
+        return ItemContent(state_dict=state_dict, planner=planner)
+    chosen = planner
+    strict = options.use_collectives and (options.strict_replicas or planner.strict_replicas)
+    return ColumnContent(
+        prepare=lambda: prepare(
             state_dict,
+            planner=chosen,
+            group=group,
+            strict_replicas=strict,
+            own_share_only=not options.use_collectives,
+            compare=options.use_collectives,
+        ),
+        dedup_to_lowest_rank=planner.dedup_save_to_lowest_rank,
+        strict_replicas=strict,
+    )
+
+
+def begin_save(
+    session: Session,
+    *,
+    checkpoint_id: str | None,
+    writer: StorageWriter,
+    options: SaveOptions,
+    number: int | None = None,
+) -> Operation:
+    """Take the next number of ``session`` for a save, unless one was taken before."""
+    return session.begin(
+        "save",
+        checkpoint_name(checkpoint_id, writer),
+        deadlines=options.deadlines,
+        coordinator_rank=options.coordinator_rank if options.use_collectives else 0,
+        number=number,
+    )
+
+
+def carry_out(
+    operation: Operation,
+    content: ColumnContent | ItemContent,
+    *,
+    checkpoint_id: str | None,
+    writer: StorageWriter,
+    identity: RunIdentity,
+    rank: int,
+    world_size: int,
+    memory: PlanMemory,
+    options: SaveOptions,
+    announce: Callable[[str], None] | None = None,
+    by_worker: bool = False,
+) -> Saved:
+    """Save ``content`` as this rank's part of ``operation``, which stays the caller's to close.
+
+    Args:
+        identity: of the process that writes.
+        rank, world_size: among the ranks that save together, with or without collectives.
+        announce: told the save id as soon as there is one.
+        by_worker: this is not the process that asked for the save.
+    """
+    name = checkpoint_name(checkpoint_id, writer)
+    ticket = _ticket_maker(identity, rank, world_size, options, announce, by_worker)
+    if isinstance(content, ItemContent):
+        _refuse_what_items_cannot(writer, content.planner, options, name)
+        metadata = save_items(
+            operation,
+            content.state_dict,
             checkpoint_id=checkpoint_id,
             checkpoint=name,
             writer=writer,
-            planner=planner,
-            is_coordinator=group.rank == options.coordinator_rank,
-            rank=group.rank,
+            planner=content.planner,
+            is_coordinator=rank == options.coordinator_rank,
+            rank=rank,
             options=options,
             ticket=ticket,
         )
+        return Saved(metadata=metadata, record=None)
+    if not isinstance(writer, ColumnarWriter):
+        raise UsageError(f"{type(writer).__name__} does not take columns", checkpoint=name)
+    if options.use_collectives:
+        record = save_columns(
+            operation,
+            content.prepare,
+            checkpoint_id=checkpoint_id,
+            writer=writer,
+            dedup_to_lowest_rank=content.dedup_to_lowest_rank,
+            strict_replicas=content.strict_replicas,
+            memory=memory,
+            ticket=ticket,
+        )
+    elif options.save_id is None:
+        raise UsageError("a collective-free save needs a save_id", checkpoint=name)
+    else:
+        record = save_collective_free(
+            operation,
+            content.prepare,
+            checkpoint_id=checkpoint_id,
+            writer=writer,
+            ticket=ticket(options.save_id),
+        )
+    return Saved(metadata=ManifestMetadata.lazily(writer.manifest_source(record)), record=record)
+
+
+def checkpoint_name(checkpoint_id: str | None, writer: StorageWriter) -> str:
+    """The checkpoint, for messages: without credentials."""
+    if checkpoint_id is not None:
+        return redact_url(checkpoint_id)
+    return writer.checkpoint if isinstance(writer, ColumnarWriter) else type(writer).__name__
 
 
 def _ticket_maker(
-    session: Session, rank: int, world_size: int, options: SaveOptions
+    identity: RunIdentity,
+    rank: int,
+    world_size: int,
+    options: SaveOptions,
+    announce: Callable[[str], None] | None,
+    by_worker: bool,
 ) -> Callable[[str], SaveTicket]:
     def ticket(save_id: str) -> SaveTicket:
+        if announce is not None:
+            announce(save_id)
         return SaveTicket(
             save_id=save_id,
             rank=rank,
             world_size=world_size,
             coordinator_rank=options.coordinator_rank,
-            identity=session.identity,
-            extra_files={n: _content(n, c) for n, c in options.extra_files.items()}
-            if rank == options.coordinator_rank
-            else {},
+            identity=identity,
+            extra_files=extra_contents(options) if rank == options.coordinator_rank else {},
             user_metadata=options.user_metadata,
             use_collectives=options.use_collectives,
             keep_replaced=options.keep_replaced,
+            by_worker=by_worker,
         )
 
     return ticket
+
+
+def extra_contents(options: SaveOptions) -> dict[str, bytes]:
+    """The extra files' bytes, as they are now."""
+    return {name: _content(name, content) for name, content in options.extra_files.items()}
 
 
 def _content(name: str, value: ExtraContent) -> bytes:

@@ -168,6 +168,10 @@ class ArenaStager:
         """Bytes of host memory that the arenas take."""
         return self._pool.present()
 
+    def free_arenas(self) -> list[Arena]:
+        """The arenas that nobody uses now."""
+        return self._pool.free()
+
     def close(self) -> None:
         """Wait for what is under way, then give back all memory that nobody reads. Any number of
         times."""

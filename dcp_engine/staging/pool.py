@@ -61,6 +61,11 @@ class ArenaPool:
                 self._free.append(arena)
                 self._changed.notify()
 
+    def free(self) -> list[Arena]:
+        """The arenas that nobody has."""
+        with self._changed:
+            return list(self._free)
+
     def present(self) -> int:
         """Bytes of host memory that the arenas take."""
         with self._changed:

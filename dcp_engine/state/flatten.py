@@ -11,9 +11,9 @@ are. ``PerRank`` adds nothing to a path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 import torch
@@ -73,23 +73,31 @@ def flatten(state_dict: Mapping[Any, Any], *, flatten_state_dict: bool = True) -
             that holds itself, nesting deeper than ``MAX_DEPTH`` (``kind="unsupported_state"``);
             two values with one name (``kind="duplicate_key"``, both paths named).
     """
-    leaves: list[Leaf] = []
-    mappings: dict[str, Path] = {}
-    containers: dict[Path, ContainerType] = {(): "dict"}
-    enter = flatten_state_dict
-    for path, value, per_rank in _walk(state_dict, containers, enter_values=enter):
-        fqn = checked_fqn(path)
-        if fqn in mappings:
-            raise UnsupportedStateError(
-                f"the values at {list(mappings[fqn])} and {list(path)} would both be stored "
-                f"as {fqn!r}",
-                kind="duplicate_key",
-                tensor=fqn,
-                hint="rename one of the keys",
-            )
-        mappings[fqn] = path
-        leaves.append(Leaf(fqn=fqn, path=path, value=value, per_rank=per_rank))
-    return FlatState(leaves=tuple(leaves), mappings=mappings, containers=containers)
+    walk = _Walk(enter_values=flatten_state_dict)
+    walk.children(
+        state_dict.items(), (), "", per_rank=False, is_mapping=True, above={id(state_dict)}
+    )
+    leaves = walk.leaves
+    # One look at all names, where there may be a hundred thousand.
+    if not "".join([leaf.fqn for leaf in leaves]).isascii():
+        for leaf in leaves:
+            checked_fqn(leaf.path)
+    mappings = {leaf.fqn: leaf.path for leaf in leaves}
+    if len(mappings) < len(leaves):
+        _refuse_one_name(leaves)
+    return FlatState(leaves=tuple(leaves), mappings=mappings, containers=walk.containers)
+
+
+def _refuse_one_name(leaves: list[Leaf]) -> NoReturn:
+    first: dict[str, Leaf] = {}
+    leaf = next(leaf for leaf in leaves if first.setdefault(leaf.fqn, leaf) is not leaf)
+    raise UnsupportedStateError(
+        f"the values at {list(first[leaf.fqn].path)} and {list(leaf.path)} would both be stored "
+        f"as {leaf.fqn!r}",
+        kind="duplicate_key",
+        tensor=leaf.fqn,
+        hint="rename one of the keys",
+    )
 
 
 def unflatten(
@@ -108,33 +116,58 @@ def unflatten(
     return root
 
 
-def _walk(
-    root: Mapping[Any, Any], containers: dict[Path, ContainerType], *, enter_values: bool
-) -> Iterator[tuple[Path, Any, bool]]:
-    def children(path: Path, value: Any, per_rank: bool) -> Iterator[tuple[Path, Any, bool]]:
+class _Walk:
+    """Collects leaves and containers."""
+
+    def __init__(self, *, enter_values: bool) -> None:
+        self.leaves: list[Leaf] = []
+        self.containers: dict[Path, ContainerType] = {(): "dict"}
+        self._enter_values = enter_values
+
+    def children(
+        self,
+        items: Iterable[tuple[Any, Any]],
+        path: Path,
+        prefix: str,
+        *,
+        per_rank: bool,
+        is_mapping: bool,
+        above: set[int],
+    ) -> None:
+        """Take apart what lies in the container at ``path``, whose children's names begin with
+        ``prefix``; ``above`` are the containers on the way to it, itself among them."""
+        append = self.leaves.append
+        for key, item in items:
+            if is_mapping and type(key) is not str:
+                key = path_key(key, path)
+            if type(item) is torch.Tensor:  # most are: a loop without a call
+                append(Leaf(fqn=f"{prefix}{key}", path=(*path, key), value=item, per_rank=per_rank))
+                continue
+            self._child((*path, key), f"{prefix}{key}", item, per_rank, above)
+
+    def _child(self, path: Path, fqn: str, value: Any, per_rank: bool, above: set[int]) -> None:
         while isinstance(value, PerRank):
             per_rank, value = True, value.value
-        container = _container_type(value, path) if enter_values else None
+        container = _container_type(value, path) if self._enter_values else None
         if container is None:
-            yield path, value, per_rank
+            self.leaves.append(Leaf(fqn=fqn, path=path, value=value, per_rank=per_rank))
             return
         if id(value) in above:
             raise UnsupportedStateError(
                 f"the {type(value).__name__} at {list(path)} holds itself",
-                tensor=".".join(map(str, path)),
+                tensor=fqn,
                 hint="remove the cycle",
             )
-        above.add(id(value))
-        containers[path] = container
-        items = value.items() if container == "dict" else enumerate(value)
-        for key, item in items:
-            below = (*path, path_key(key, path) if container == "dict" else key)
-            yield from children(below, item, per_rank)
-        above.remove(id(value))
-
-    above = {id(root)}
-    for key, item in root.items():
-        yield from children((path_key(key, ()),), item, False)
+        self.containers[path] = container
+        is_mapping = container == "dict"
+        self.children(
+            value.items() if is_mapping else enumerate(value),
+            path,
+            f"{fqn}.",
+            per_rank=per_rank,
+            is_mapping=is_mapping,
+            above={*above, id(value)},
+        )
 
 
 def _container_type(value: Any, path: Path) -> ContainerType | None:

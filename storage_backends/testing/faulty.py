@@ -1,7 +1,7 @@
 """``FaultyByteStore``: a store that fails where a test says.
 
 Belongs here: faults of bytes and calls. Does not belong here: faults of writers and readers
-(``faulty_writer``, ``faulty_reader``).
+(``faulty_calls``), and a medium that is slow throughout (``throttled``).
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import errno
 import fnmatch
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange
+from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange, StoredFile
 from storage_backends.os_errors import storage_error
 from storage_backends.testing.wrapping import WrappingByteStore
 
 __all__ = [
     "Action",
+    "Delay",
     "Fail",
     "Fault",
     "FaultyByteStore",
@@ -27,7 +29,9 @@ __all__ = [
     "Hang",
     "LoseReply",
     "ShortWrite",
+    "StaleListing",
     "TornWrite",
+    "disk_full",
 ]
 
 T = TypeVar("T")
@@ -78,16 +82,36 @@ class Hang:
     """Set when the call hangs."""
 
 
-Action = Fail | LoseReply | ShortWrite | TornWrite | FlipBit | Hang
+@dataclass(frozen=True)
+class Delay:
+    """Wait ``seconds``, then do the call."""
+
+    seconds: float
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True)
+class StaleListing:
+    """``list`` shows the store as it was when the fault was given to it: newer files are missing,
+    removed ones are there."""
+
+
+Action = Fail | LoseReply | ShortWrite | TornWrite | FlipBit | Hang | Delay | StaleListing
+
+
+def disk_full() -> OSError:
+    """What the system says when there is no space left: an error for ``Fail`` and its like."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """When to do what.
 
-    ``operation`` is a method's name (``create``, ``write``, ``sync``, ``close``, ``abort`` of
-    files too) or ``"*"``; ``name`` a pattern (``fnmatch``) of the file's name; of the calls that
-    match, those from the ``nth`` (1 is the first) on fail, ``times`` of them (None: all).
+    ``operation`` is a method's name (``write``, ``sync``, ``close`` and ``abort`` are those of
+    files) or ``"*"``; ``name`` a pattern (``fnmatch``) of the file's name, for ``list`` of its
+    prefix; of the calls that match, those from the ``nth`` (1 is the first) on fail, ``times`` of
+    them (None: all), on ``ranks`` (None: on all).
     """
 
     operation: str
@@ -95,13 +119,15 @@ class Fault:
     name: str = "*"
     nth: int = 1
     times: int | None = 1
+    ranks: frozenset[int] | None = None
 
 
 class _Counted:
-    """A fault and how many calls have matched it."""
+    """A fault, how many calls have matched it, and what there was when it was given."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: Fault, listing: Sequence[StoredFile]) -> None:
         self.fault = fault
+        self.listing = listing
         self.seen = 0
 
     def is_due(self, operation: str, name: str) -> bool:
@@ -122,33 +148,57 @@ class FaultyByteStore(WrappingByteStore):
         faults: of those whose turn it is at a call, the first one acts.
         capacity: bytes that may be written (by ``write`` and ``put``) before the medium is full:
             the call that goes over it writes what fits, then raises ``disk_full``.
+        rank: whose store this is, for faults of chosen ranks.
     """
 
     def __init__(
-        self, inner: ByteStore, faults: Sequence[Fault] = (), *, capacity: int | None = None
+        self,
+        inner: ByteStore,
+        faults: Sequence[Fault] = (),
+        *,
+        capacity: int | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
-        self._faults = [_Counted(fault) for fault in faults]
+        self._rank = rank
+        self._faults: list[_Counted] = []
         self._free = capacity
         self.fired: list[tuple[Fault, str]] = []
         """Every fault that acted, with the name of the file."""
+        for fault in faults:
+            self.add(fault)
 
     def add(self, fault: Fault) -> None:
         """One more fault, counted from now on."""
+        if fault.ranks is not None and self._rank not in fault.ranks:
+            return
+        is_stale = isinstance(fault.action, StaleListing)
+        counted = _Counted(fault, list(self.inner.list()) if is_stale else ())
         with self._lock:
-            self._faults.append(_Counted(fault))
+            self._faults.append(counted)
 
-    def _next_action(self, operation: str, name: str) -> Action | None:
+    def _next(self, operation: str, name: str) -> _Counted | None:
         with self._lock:
-            due = [c.fault for c in self._faults if c.is_due(operation, name)]
+            due = [counted for counted in self._faults if counted.is_due(operation, name)]
             if not due:
                 return None
-            self.fired.append((due[0], name))
-            return due[0].action
+            self.fired.append((due[0].fault, name))
+            return due[0]
+
+    def _next_action(self, operation: str, name: str) -> Action | None:
+        due = self._next(operation, name)
+        return None if due is None else due.fault.action
 
     def around(self, operation: str, name: str, call: Callable[[], T]) -> T:
         return _act(self._next_action(operation, name), call)
+
+    def list(self, prefix: str = "") -> Iterable[StoredFile]:
+        due = self._next("list", prefix)
+        if due is not None and isinstance(due.fault.action, StaleListing):
+            return [file for file in due.listing if file.name.startswith(prefix)]
+        # Here and now, not when somebody comes to iterate.
+        return _act(None if due is None else due.fault.action, lambda: [*self.inner.list(prefix)])
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         action = self._next_action("put", name)
@@ -205,8 +255,7 @@ class FaultyByteStore(WrappingByteStore):
             return room
 
     def _full(self, name: str) -> OSError:
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return storage_error(full, "write the file", checkpoint=self.url, file=name)
+        return storage_error(disk_full(), "write the file", checkpoint=self.url, file=name)
 
 
 def _act(action: Action | None, call: Callable[[], T]) -> T:
@@ -217,6 +266,8 @@ def _act(action: Action | None, call: Callable[[], T]) -> T:
         if action.entered is not None:
             action.entered.set()
         action.released.wait()
+    elif isinstance(action, Delay):
+        action.sleep(action.seconds)
     elif action is not None and not isinstance(action, LoseReply):
         raise TypeError(f"{type(action).__name__} cannot be applied to this operation")
     result = call()

@@ -11,9 +11,11 @@ pick by what they wrap.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.futures import Future
@@ -32,6 +34,7 @@ from dcp_engine.plan import LoadPlan, SavePlan
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.planning.columns import GlobalPlan, LoadColumns, RankAssignment
 from dcp_engine.storage import Check, StorageReader, StorageWriter, WriteResult
+from storage_backends.testing.faulty import Hang
 
 __all__ = [
     "CallFault",
@@ -49,50 +52,93 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CallFault:
-    """Raise ``error`` in ``method`` on ``ranks`` (None: all of them).
+    """What happens in ``method`` on ``ranks`` (None: all of them).
+
+    First a wait, if ``delay`` (seconds) or ``hang`` says so, then ``error`` is raised, if there is
+    one. ``method`` is a name or ``"*"``; ``nth``: in which of the calls that match, 1 is the first.
 
     ``when``: ``"before"`` the real call, ``"after"`` it, or in the ``"future"`` that it returns
-    (``write_data`` and ``read_data``; the real call is made first).
+    (``write_data`` and ``read_data``; the real call is made first). A method that returns no
+    future does it at once.
     """
 
     method: str
-    error: BaseException
+    error: BaseException | None = None
     ranks: frozenset[int] | None = None
-    when: str = "before"
+    when: Literal["before", "after", "future"] = "before"
     nth: int = 1
+    hang: Hang | None = None
+    delay: float = 0.0
+    sleep: Callable[[float], None] = time.sleep
+
+    def happen(self) -> None:
+        """Wait and raise."""
+        if self.delay:
+            self.sleep(self.delay)
+        if self.hang is not None:
+            if self.hang.entered is not None:
+                self.hang.entered.set()
+            self.hang.released.wait()
+        if self.error is not None:
+            raise self.error
 
 
 class _Schedule:
-    """Counts calls per method and raises when a fault is due."""
+    """Counts the calls that match each fault, and makes what is due happen."""
 
     def __init__(self, faults: Sequence[CallFault], rank: int) -> None:
         self._faults = [f for f in faults if f.ranks is None or rank in f.ranks]
-        self._seen: dict[str, int] = {}
+        self._seen = [0] * len(self._faults)
+        self._lock = threading.Lock()
         self.fired: list[CallFault] = []
 
     def enter(self, method: str) -> CallFault | None:
-        """Raise what is due before ``method``; return what is due later in this call."""
-        self._seen[method] = self._seen.get(method, 0) + 1
-        for fault in self._faults:
-            if fault.method == method and fault.nth == self._seen[method]:
-                self.fired.append(fault)
-                if fault.when == "before":
-                    raise fault.error
-                return fault
-        return None
+        """Count the call; what is due before it happens now, what is due later is returned."""
+        due = None
+        with self._lock:
+            for at, fault in enumerate(self._faults):
+                if fault.method in ("*", method):
+                    self._seen[at] += 1
+                    if self._seen[at] == fault.nth and due is None:
+                        due = fault
+            if due is not None:
+                self.fired.append(due)
+        if due is not None and due.when == "before":
+            due.happen()
+            return None
+        return due
 
     def call(self, method: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """``target.method(*args, **kwargs)``, failing when it is due."""
-        fault = self.enter(method)
+        later = self.enter(method)
         result = getattr(target, method)(*args, **kwargs)
-        if fault is None:
+        if later is None:
             return result
-        if fault.when == "future" and isinstance(result, Future):
-            result.wait()
-            failed: Future[Any] = Future()
-            failed.set_exception(fault.error)
-            return failed
-        raise fault.error
+        if later.when == "future" and isinstance(result, Future):
+            return _later(later, result)
+        later.happen()
+        return result
+
+
+def _later(fault: CallFault, real: Future[Any]) -> Future[Any]:
+    """A future that waits or fails as ``fault`` says, once ``real`` is done."""
+    result = real.wait()
+    future: Future[Any] = Future()
+
+    def complete() -> None:
+        try:
+            fault.happen()
+        except BaseException as error:  # whatever the test wants to see raised
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    if fault.hang is None:
+        complete()
+    else:
+        # A daemon: a test that never releases it must not keep the process.
+        threading.Thread(target=complete, name="dcp_engine-hang", daemon=True).start()
+    return future
 
 
 class FaultyStorageWriter(StorageWriter):
@@ -125,6 +171,9 @@ class FaultyStorageWriter(StorageWriter):
 
     def abort(self) -> None:
         self.schedule.call("abort", self.inner)
+
+    def leave_in_doubt(self) -> None:
+        self.schedule.call("leave_in_doubt", self.inner)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -208,9 +257,6 @@ class FaultyColumnarWriter(FaultyStorageWriter, ColumnarWriter):
 
     def abort_save(self) -> None:
         self.schedule.call("abort_save", self.inner)
-
-    def leave_in_doubt(self) -> None:
-        self.schedule.call("leave_in_doubt", self.inner)
 
 
 class FaultyStorageReader(StorageReader):
@@ -304,6 +350,9 @@ class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
 
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
         return _as(bytes, self.schedule.call("read_object", self.inner, manifest, stored))
+
+    def block_digests(self, manifest: Manifest, file: int, start: int) -> bytes:
+        return _as(bytes, self.schedule.call("block_digests", self.inner, manifest, file, start))
 
     def read_extra(self, manifest: Manifest, name: str) -> bytes:
         return _as(bytes, self.schedule.call("read_extra", self.inner, manifest, name))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange
 from storage_backends.testing.wrapping import WrappingByteStore
 
@@ -99,6 +101,4 @@ def _transfer(
 
 
 def _address(buffer: Buffer) -> int:
-    import numpy as np
-
     return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data) if buffer.nbytes else 0

@@ -26,6 +26,7 @@ class WrappingByteStore(ByteStore):
         self.create_if_absent = inner.create_if_absent
         self.durable_sync = inner.durable_sync
         self.shared_between_processes = inner.shared_between_processes
+        self.preferred_read = inner.preferred_read
 
     def around(self, operation: str, name: str, call: Callable[[], T]) -> T:
         """Called for each operation, also those of files; override to watch or to fail."""

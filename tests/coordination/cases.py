@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dcp_engine.coordination.collective import CollectiveSession
-from dcp_engine.coordination.group import describe_group, run_identity
+from dcp_engine.coordination.group import describe_group
+from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Decision, Operation, Session
 from dcp_engine.coordination.open_session import open_session
 from dcp_engine.coordination.rhythm import Rhythm

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from dcp_engine.coordination.clock import OperationClock
-from dcp_engine.coordination.group import describe_group, run_identity, store_access
+from dcp_engine.coordination.group import describe_group, store_access
+from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines
 from dcp_engine.coordination.open_session import open_session
 from dcp_engine.coordination.single import SingleSession

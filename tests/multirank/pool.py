@@ -1,8 +1,8 @@
 """A pool of rank processes that stay alive over many test cases.
 
-Starting a process that imports torch costs seconds; a new process group costs milliseconds. Each
-case gets a new process group under a prefix of its own, and a deadline. Ranks are started again
-only after they died or missed the deadline.
+Importing torch costs seconds; a process forked off one that has done so, and a new process group,
+cost milliseconds. Each case gets a new process group under a prefix of its own, and a deadline.
+Ranks are started again only after they died or missed the deadline.
 
     def shout(word):                                   # importable, at module level
         return word.upper() + str(dist.get_rank())
@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCH_CPP_LOG_LEVEL": "WARNING",
 }
+_PRELOADED = [
+    "torch.distributed.tensor",
+    "dcp_engine",
+    "storage_backends.filesystem",
+    "tests.multirank.worker",
+]
 _START_LIMIT = 120.0
 _STORE_TIMEOUT = timedelta(seconds=60)
 
@@ -51,7 +58,7 @@ class _Rank:
 
     def __init__(self, logs: Path) -> None:
         self.log = logs / f"rank-{time.monotonic_ns()}.log"
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, str(self.log)), daemon=True)
         with _environment():
@@ -70,6 +77,13 @@ class _Rank:
         self.process.kill()  # also ends a stopped process
         self.process.join(10)
         self.pipe.close()
+
+
+def _context() -> ForkServerContext:
+    """A process is forked off one that has done the imports, and no more than that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 @contextmanager

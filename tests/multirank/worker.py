@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +51,7 @@ class Reply:
 def serve(pipe: Any, log: str) -> None:
     """The life of a rank process. It ends with its parent, even if it is stopped."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _release_fork_server()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -78,6 +79,16 @@ def serve(pipe: Any, log: str) -> None:
             reply = Reply(value=None, problem=traceback.format_exc(), usable=True)
             data = connection._ForkingPickler.dumps(reply)  # type: ignore[attr-defined]
         pipe.send_bytes(data)
+
+
+def _release_fork_server() -> None:
+    """Every process of a fork server holds it alive, a stopped one too. It is to end with the test
+    process, and all of its processes with it."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+        server._forkserver_address = None
 
 
 def _end_with_parent() -> None:

@@ -40,7 +40,6 @@ def stored(
         shape=tuple(shape),
         alias_of=alias_of,
         shares_bytes=False,
-        load_whole=(lambda: (file, begin)) if [b.sizes for b in boxes] == [tuple(shape)] else None,
         chunks=SimpleNamespace(
             offsets=np.array([b.offsets for b in boxes], np.int64).reshape(len(boxes), len(shape)),
             sizes=sizes,

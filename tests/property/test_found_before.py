@@ -67,11 +67,11 @@ def test_lists_are_for_another_world_size_only() -> None:
 
 
 def test_parts_of_a_tensor_subclass_cannot_be_listed() -> None:
-    def state() -> dict[str, Any]:
-        return {"own": PerRank({"pair": TwoTensor(torch.zeros(2), torch.ones(2))})}
+    def state(rank: int = 0) -> dict[str, Any]:
+        return {"own": PerRank({"pair": TwoTensor(torch.full((2,), float(rank)), torch.ones(2))})}
 
     store = SharedMemoryStore()
-    save_job(2, lambda _: state(), lambda _: store)
+    save_job(2, state, lambda _: store)
     with pytest.raises(CheckpointException, match=r"own\.pair\.a") as caught:
         load_job([state()], store, per_rank="list")
     assert caught.value.kind == "world_size_mismatch"

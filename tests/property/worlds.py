@@ -278,7 +278,7 @@ def one_tensor(
         entries=(entry,),
         objects=(),
         own=(),
-        per_rank="skip",
+        per_rank="error",  # asks for none
         save_coordinator=0,
         load_coordinator=0,
         first_global=0,

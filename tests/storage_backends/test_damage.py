@@ -238,7 +238,7 @@ def test_without_digests_flipped_numbers_pass_but_files_are_checked(root: Path) 
 
 def test_a_bit_flipped_on_the_way_is_seen(root: Path) -> None:
     for bit in (0, 7, 12345):
-        fault = Fault(operation="read", name="*.safetensors", nth=3, action=FlipBit(bit))
+        fault = Fault(operation="read", name="*.safetensors", nth=2, action=FlipBit(bit))
         store = FaultyByteStore(FileSystemStore(root), [fault])
         reader = ShardedReader(lambda _, store=store: store, "x")  # type: ignore[misc]
         with pytest.raises(DamagedCheckpointError) as caught:

@@ -15,7 +15,7 @@ from dcp_engine.state.adapters.torch_types import (
     is_fake,
 )
 
-__all__ = ["as_integers", "plain_memory", "refusal"]
+__all__ = ["as_integers", "is_simple", "plain_memory", "refusal"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +53,7 @@ def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Ten
             ``for_load`` also memory that cannot be filled element by element (conjugate or
             negative views, elements that share memory).
     """
-    if type(tensor) in _ORDINARY and _is_simple(tensor):  # nearly all are
+    if type(tensor) in _ORDINARY and is_simple(tensor):  # nearly all are
         return tensor.detach() if tensor.requires_grad else tensor
     if type(tensor) not in _ORDINARY:
         if is_async_collective(tensor):
@@ -72,8 +72,8 @@ def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Ten
         return plain
 
 
-def _is_simple(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of an ordinary class passes all that is asked below."""
+def is_simple(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of an ordinary class passes all that ``plain_memory`` asks."""
     return (
         tensor.is_cpu
         and tensor.layout is torch.strided

@@ -1,0 +1,274 @@
+"""A save by this rank's worker process, as its parent sees it.
+
+Belongs here: spawning and replacing the worker, what it is sent, and what becomes of a save whose
+worker died. Does not belong here: the worker's side (``worker``), the process as such
+(``executors.process``).
+
+The worker carries out the parent's own operation, under the number that the parent took: to the
+other ranks it is the rank. So there is one protocol between ranks, and a dead worker needs no
+message but one: its parent says that the rank failed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xxhash
+
+from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.messages import (
+    SAVE,
+    TOUCH,
+    ColumnPart,
+    ColumnStructure,
+    SaveAnswer,
+    SaveNews,
+    SaveRequest,
+    StatePart,
+    TouchRequest,
+    decode,
+    encode,
+)
+from dcp_engine.async_saver.response import Progress
+from dcp_engine.async_saver.snapshot import ColumnSnapshot, StateSnapshot
+from dcp_engine.async_saver.verdict_of_death import settle_dead_worker
+from dcp_engine.errors import CoordinationError
+from dcp_engine.executors.process import WorkerError, WorkerProcess, WorkerSettings, dumps
+from dcp_engine.format.metadata_view import ManifestMetadata
+from dcp_engine.metadata import Metadata
+from dcp_engine.native_storage import ColumnarWriter, CommitRecord
+from dcp_engine.planning.fingerprint import fingerprint
+from dcp_engine.saver.save import checkpoint_name
+from dcp_engine.staging.arena import Arena
+from dcp_engine.staging.arena_stager import Staging
+from dcp_engine.staging.staged_pickle import dump_staged
+from dcp_engine.storage import StorageWriter
+
+__all__ = ["Parcel", "ProcessSaver"]
+
+_HANDLER = "dcp_engine.async_saver.worker:make_handler"
+_SLACK = 30.0
+"""Seconds that a worker has beyond the save's own deadline to say that it passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """One save, ready to be sent."""
+
+    request: SaveRequest
+    staging: Staging
+    snapshot: ColumnSnapshot | StateSnapshot
+
+
+class ProcessSaver:
+    """Saves by a worker process, one save at a time. ``start`` and ``close`` may be called from
+    any thread.
+
+    Args:
+        rank: of this process, for names.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._worker: WorkerProcess | None = None
+        self._sent: set[int] = set()
+        """Names of arenas whose descriptors the present worker has."""
+        self._generation = 0
+        self._forget = False
+        self._closed = False
+        self.bytes_sent = 0
+        """Of the requests of the last save, for the benchmark."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the present worker."""
+        worker = self._worker
+        return None if worker is None or not worker.alive else worker.pid
+
+    def start(self) -> WorkerProcess:
+        """Have a worker, or one on its way; returns at once."""
+        with self._lock:
+            if self._worker is None or not self._worker.alive:
+                if self._worker is not None:
+                    self._worker.close()
+                self._worker = WorkerProcess(
+                    WorkerSettings(
+                        handler=_HANDLER, name=f"dcp_engine-saver-{self._rank}", rank=self._rank
+                    )
+                )
+                self._sent = set()
+            if not self._closed:
+                self._worker.start()
+            return self._worker
+
+    def forget_plans(self) -> None:
+        """The next save plans anew."""
+        self._forget = True
+
+    def touch(self, arena: Arena, touched: int) -> None:
+        """Have the worker map ``arena``, and ``touched`` bytes of it in its page tables."""
+        worker = self.start()
+        request = TouchRequest(arena=id(arena), arena_size=arena.size, touched=touched)
+        worker.call(TOUCH, encode(request), descriptors=self._descriptors(arena))
+        self._sent.add(id(arena))
+
+    def pack(self, job: SaveJob, snapshot: ColumnSnapshot | StateSnapshot) -> Parcel:
+        """What ``save`` will send, on the calling thread; the copy may still be under way.
+
+        Raises ``UsageError`` or ``UnsupportedStateError`` for what cannot be pickled, by name.
+        """
+        if isinstance(snapshot, ColumnSnapshot):
+            staging = snapshot.staging
+        else:
+            staging = snapshot.staged.staging
+        request = SaveRequest(
+            number=job.number,
+            session=pickle.dumps(job.session.handle()),
+            checkpoint=checkpoint_name(job.checkpoint_id, job.writer),
+            checkpoint_id=job.checkpoint_id,
+            writer=dumps(job.writer),
+            options=dumps(job.options),
+            rank=job.group.rank,
+            world_size=job.world_size,
+            arena=id(staging.arena),
+            arena_size=staging.arena.size,
+            part=_part(snapshot),
+            generation=0,
+            forget_plans=False,
+        )
+        return Parcel(request=request, staging=staging, snapshot=snapshot)
+
+    def save(self, job: SaveJob, parcel: Parcel, tell: Callable[[Progress], None]) -> Metadata:
+        """Save what was packed, when its staging is complete.
+
+        Raises what all ranks raise; of a worker that died, ``CheckpointException`` with the cause
+        ``CoordinationError(kind="worker_died")``.
+        """
+        request, arena = parcel.request, parcel.staging.arena
+        request.generation = self._generation
+        request.forget_plans, self._forget = self._forget, False
+        news = _News(tell, parcel.staging.bytes_total)
+        timeout = job.options.deadlines.timeout
+        try:
+            worker = self.start()
+            answer = self._ask(worker, request, arena, news, timeout)
+            if answer.unknown_structure and isinstance(parcel.snapshot, ColumnSnapshot):
+                request.part = _part(parcel.snapshot, whole=True)
+                answer = self._ask(worker, request, arena, news, timeout)
+        except WorkerError as error:
+            self._give_up_worker()
+            record = settle_dead_worker(
+                job, error, save_id=news.save_id, committing=news.phase == "commit"
+            )
+            return _metadata(request.writer, job.checkpoint_id, record)
+        except BaseException:
+            if news.phase == "join":
+                self._give_up_worker()  # a thread of it may still wait for the group
+            raise
+        self._generation = max(self._generation, answer.generation)
+        if answer.record is not None:
+            return _metadata(request.writer, job.checkpoint_id, answer.record)
+        metadata: Metadata = pickle.loads(answer.metadata)
+        return metadata
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the worker; a save that is under way in it fails. Any number of times."""
+        with self._lock:
+            self._closed = True
+            worker = self._worker
+        if worker is not None:
+            worker.close(timeout)
+
+    def _ask(
+        self,
+        worker: WorkerProcess,
+        request: SaveRequest,
+        arena: Arena,
+        news: _News,
+        timeout: float | None,
+    ) -> SaveAnswer:
+        body = encode(request)
+        self.bytes_sent = len(body)
+        answer = worker.call(
+            SAVE,
+            body,
+            descriptors=self._descriptors(arena),
+            on_progress=news,
+            timeout=None if timeout is None else timeout + _SLACK,
+        )
+        self._sent.add(id(arena))
+        return decode(answer, SaveAnswer)
+
+    def _descriptors(self, arena: Arena) -> list[int]:
+        return [] if id(arena) in self._sent else [arena.fileno()]
+
+    def _give_up_worker(self) -> None:
+        """It is dead, or does not answer; the next one starts now, to be ready in time."""
+        with self._lock:
+            worker, self._worker = self._worker, None
+            closed = self._closed
+        if worker is not None:
+            worker.close(0)
+        if not closed:
+            self.start()
+
+
+class _News:
+    """Called with what the worker tells."""
+
+    def __init__(self, tell: Callable[[Progress], None], total: int) -> None:
+        self._tell = tell
+        self._total = total
+        self.save_id = ""
+        self.phase = ""
+
+    def __call__(self, body: bytes) -> None:
+        news = decode(body, SaveNews)
+        self.phase = news.phase
+        self.save_id = news.save_id or self.save_id
+        self._tell(Progress(phase=news.phase, bytes_done=news.bytes_done, bytes_total=self._total))
+
+
+def _part(
+    snapshot: ColumnSnapshot | StateSnapshot, *, whole: bool = False
+) -> ColumnPart | StatePart:
+    if isinstance(snapshot, StateSnapshot):
+        return StatePart(
+            state_dict=dump_staged(snapshot.staged.state_dict, snapshot.staged.staging.arena),
+            planner=dumps(snapshot.planner),
+        )
+    source, layout = snapshot.source, snapshot.staging.layout
+    structure = None
+    if whole:
+        structure = pickle.dumps(
+            ColumnStructure(
+                plan=source.plan,
+                names=source.names,
+                shapes=source.shapes,
+                replicated_objects=source.replicated_objects,
+                layout=layout,
+            )
+        )
+    objects = [snapshot.objects[name] for name in source.plan.objects.names]
+    return ColumnPart(
+        structure_id=xxhash.xxh3_128_digest(fingerprint(source.plan, {}) + layout.fingerprint()),
+        structure=structure,
+        object_sizes=[len(encoded.data) for encoded in objects],
+        object_pickled=[encoded.pickled for encoded in objects],
+        dedup_to_lowest_rank=snapshot.dedup_to_lowest_rank,
+        strict_replicas=snapshot.strict_replicas,
+        compares=snapshot.compares,
+    )
+
+
+def _metadata(writer: bytes, checkpoint_id: str | None, record: CommitRecord) -> Metadata:
+    """Of a checkpoint that the worker has committed, read when it is looked at."""
+    own: StorageWriter = pickle.loads(writer)
+    if not isinstance(own, ColumnarWriter):
+        raise CoordinationError("a record came of a writer without columns", kind="out_of_step")
+    own.reset(checkpoint_id)
+    return ManifestMetadata.lazily(own.manifest_source(record))

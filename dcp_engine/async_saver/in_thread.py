@@ -1,0 +1,85 @@
+"""A save in this process, off the calling thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NoReturn
+
+from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.response import Progress
+from dcp_engine.async_saver.watched import WatchedOperation
+from dcp_engine.async_saver.worker_group import stay_out_of_group
+from dcp_engine.coordination.interface import Decision
+from dcp_engine.errors import CoordinationError
+from dcp_engine.metadata import Metadata
+from dcp_engine.native_storage import ColumnarWriter
+from dcp_engine.saver.save import ColumnContent, ItemContent, begin_save, carry_out
+
+__all__ = ["report_failure", "save_here"]
+
+
+def save_here(
+    job: SaveJob,
+    content: ColumnContent | ItemContent,
+    *,
+    tell: Callable[[Progress], None],
+    total: int,
+    beside_workers: bool,
+) -> Metadata:
+    """Save ``content``.
+
+    Args:
+        tell: told how far it is.
+        total: bytes of the state on this rank.
+        beside_workers: the other ranks save by worker processes, which ask this one first whether
+            it joins their group.
+    """
+    writer = job.writer
+
+    def look(phase: str) -> None:
+        written = writer.bytes_written if isinstance(writer, ColumnarWriter) else 0
+        tell(Progress(phase=phase, bytes_done=written, bytes_total=total))
+
+    with begin_save(
+        job.session,
+        checkpoint_id=job.checkpoint_id,
+        writer=writer,
+        options=job.options,
+        number=job.number,
+    ) as operation:
+        if beside_workers and operation.world_size > 1:
+            stay_out_of_group(operation)
+        return carry_out(
+            WatchedOperation(operation, look),
+            content,
+            checkpoint_id=job.checkpoint_id,
+            writer=writer,
+            identity=job.session.identity,
+            rank=job.group.rank,
+            world_size=job.world_size,
+            memory=job.memory,
+            options=job.options,
+        ).metadata
+
+
+def report_failure(
+    job: SaveJob, error: BaseException, phase: Literal["staging", "agree"]
+) -> NoReturn:
+    """This rank failed before its save could begin: let the other ranks know, and raise what all
+    of them raise."""
+
+    def fail() -> bytes:
+        raise error
+
+    def decide(messages: list[bytes]) -> Decision:
+        return Decision()
+
+    with begin_save(
+        job.session,
+        checkpoint_id=job.checkpoint_id,
+        writer=job.writer,
+        options=job.options,
+        number=job.number,
+    ) as operation:
+        operation.step(phase, fail, decide)
+    raise CoordinationError("a failed step went well", kind="out_of_step") from error

@@ -1,0 +1,315 @@
+"""Asynchronous saves of one engine: in order, with the memory and the worker they share.
+
+Belongs here: what happens on the calling thread, the order of saves, failures that nobody looked
+at, and the end. Does not belong here: how a save runs (``in_thread``, ``in_process``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import wait as wait_for
+from typing import Any, Literal
+
+from dcp_engine.async_saver.in_process import Parcel, ProcessSaver
+from dcp_engine.async_saver.in_thread import report_failure, save_here
+from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.response import AsyncCheckpointerType, AsyncSaveResponse
+from dcp_engine.async_saver.snapshot import (
+    ColumnSnapshot,
+    CustomSnapshot,
+    DirectSnapshot,
+    Snapshot,
+    StateSnapshot,
+    take_snapshot,
+)
+from dcp_engine.errors import CoordinationError, StagingError, UsageError
+from dcp_engine.executors.ordered_thread import OrderedThread
+from dcp_engine.metadata import Metadata
+from dcp_engine.planner import SavePlanner
+from dcp_engine.saver.save import checkpoint_name, content_of, require_writer
+from dcp_engine.staging.stagers import AsyncStager, DefaultStager
+
+__all__ = ["AsyncSaver", "LowMemory"]
+
+logger = logging.getLogger(__name__)
+
+LowMemory = Literal["error", "sync"]
+
+
+class AsyncSaver:
+    """What asynchronous saves of one engine share.
+
+    Args:
+        rank: of this process, for names.
+        max_pending: saves that may hold staging memory at the same time.
+
+    ``save`` is to be called from one thread at a time, on all ranks in one order.
+    """
+
+    def __init__(self, rank: int, *, max_pending: int = 1) -> None:
+        self._stager = DefaultStager(arenas=max_pending)
+        self._thread = OrderedThread("dcp_engine-async-saves")
+        self._process = ProcessSaver(rank)
+        self._responses: list[AsyncSaveResponse] = []
+        self._closed = False
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker, while there is one."""
+        return self._process.pid
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of the last request to the worker."""
+        return self._process.bytes_sent
+
+    def save(
+        self,
+        job: SaveJob,
+        state_dict: Mapping[str, Any],
+        *,
+        planner: SavePlanner | None,
+        kind: AsyncCheckpointerType,
+        stager: AsyncStager | None,
+        background_staging: bool,
+        on_low_memory: LowMemory,
+    ) -> AsyncSaveResponse:
+        """Copy ``state_dict`` and begin to save the copy; see ``dcp_engine.async_save``."""
+        self._refuse_if_closed()
+        for_worker = kind is AsyncCheckpointerType.PROCESS
+        try:
+            self._raise_unseen()
+            require_writer(job.writer)
+            if for_worker:
+                job.session.handle()  # whether a worker can reach the session
+                self._process.start()
+            snapshot = self._take(
+                job,
+                state_dict,
+                planner=planner,
+                stager=stager,
+                background=background_staging,
+                for_worker=for_worker,
+                on_low_memory=on_low_memory,
+            )
+            parcel = self._packed(job, snapshot) if for_worker else None
+        except BaseException as error:
+            failed = error
+            self._thread.submit(lambda: _tell_others(job, failed))
+            raise
+        response = AsyncSaveResponse(snapshot.completion, snapshot.progress)
+        self._responses.append(response)
+        self._thread.submit(lambda: self._run(job, snapshot, parcel, response, for_worker))
+        if isinstance(snapshot, DirectSnapshot):
+            wait_for([response])
+        return response
+
+    def warmup(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        kind: AsyncCheckpointerType,
+    ) -> None:
+        """Have staging memory for ``state_dict``, and a worker that maps it."""
+        self._refuse_if_closed()
+        if kind is AsyncCheckpointerType.PROCESS:
+            self._process.start()
+        self._stager.warmup(state_dict)
+        if kind is AsyncCheckpointerType.PROCESS:
+            self._thread.submit(self._touch).result()
+
+    def wait_for_staging(self, timeout: float | None = None) -> None:
+        """Return when no copy is under way; raise what one failed with, or ``StagingError`` with
+        kind ``timeout``."""
+        stagings = [response.staging_completion for response in self._responses]
+        done, missing = wait_for(stagings, timeout)
+        if missing:
+            raise StagingError(
+                f"staging took longer than {timeout} s", kind="timeout", hint="wait longer"
+            )
+        for staging in done:
+            staging.result()
+
+    def clear_plan_cache(self) -> None:
+        """Forget the worker's plans."""
+        self._process.forget_plans()
+
+    def close(self, timeout: float | None) -> BaseException | None:
+        """Wait for pending saves, then release memory and worker. Any number of times.
+
+        Args:
+            timeout: seconds to wait; what is pending then fails, or is left to its thread.
+        Returns:
+            The first failure that nobody has looked at.
+        """
+        self._closed = True
+        drained = self._thread.close(timeout)
+        if not drained:
+            logger.error(
+                "%d asynchronous saves were not finished after %s s",
+                self._thread.pending(),
+                timeout,
+            )
+        self._process.close(None if drained else 0.0)
+        if not drained:
+            # Its worker is gone: a save by a process ends now. One by a thread may go on.
+            drained = self._thread.close(_LAST_PATIENCE)
+        if drained:
+            self._stager.close()
+        return self._first_unseen()
+
+    # -- the calling thread --------------------------------------------------------------------
+
+    def _take(
+        self,
+        job: SaveJob,
+        state_dict: Mapping[str, Any],
+        *,
+        planner: SavePlanner | None,
+        stager: AsyncStager | None,
+        background: bool,
+        for_worker: bool,
+        on_low_memory: LowMemory,
+    ) -> Snapshot:
+        timeout = job.options.deadlines.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def check() -> None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CoordinationError(
+                    f"no staging memory was free within {timeout} s: an earlier save holds it",
+                    kind="timeout",
+                    checkpoint=job.checkpoint_id,
+                    hint="wait for earlier saves, or allow more of them with max_pending=",
+                )
+
+        try:
+            return take_snapshot(
+                job,
+                state_dict,
+                planner=planner,
+                stager=self._stager if stager is None else stager,
+                background=background,
+                for_worker=for_worker,
+                check=check,
+            )
+        except StagingError as error:
+            if error.kind != "out_of_memory" or on_low_memory != "sync":
+                raise
+            where = checkpoint_name(job.checkpoint_id, job.writer)
+            logger.warning("saving %s while training waits: %s", where, error.message)
+            return DirectSnapshot(
+                lambda: content_of(
+                    state_dict,
+                    writer=job.writer,
+                    planner=planner,
+                    group=job.group,
+                    options=job.options,
+                )
+            )
+
+    def _packed(self, job: SaveJob, snapshot: Snapshot) -> Parcel | None:
+        """What the worker is going to be sent, if it is known yet."""
+        if not isinstance(snapshot, ColumnSnapshot | StateSnapshot):
+            return None
+        try:
+            return self._process.pack(job, snapshot)
+        except BaseException:
+            snapshot.release()
+            raise
+
+    def _raise_unseen(self) -> None:
+        error = self._first_unseen()
+        self._responses = [r for r in self._responses if not r.done() or r.unseen_failure()]
+        if error is not None:
+            raise error
+
+    def _first_unseen(self) -> BaseException | None:
+        for response in self._responses:
+            error = response.unseen_failure()
+            if error is not None:
+                response.mark_seen()
+                error.add_note("an earlier asynchronous save failed, and nobody looked at it")
+                return error
+        return None
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise UsageError("this engine is closed", hint="make a new dcp_engine.Engine")
+
+    # -- the thread of the saves ---------------------------------------------------------------
+
+    def _run(
+        self,
+        job: SaveJob,
+        snapshot: Snapshot,
+        parcel: Parcel | None,
+        response: AsyncSaveResponse,
+        for_worker: bool,
+    ) -> None:
+        try:
+            metadata = self._save(job, snapshot, parcel, response, for_worker)
+        except BaseException as error:
+            snapshot.release()
+            response.set_exception(error)
+        else:
+            snapshot.release()
+            response.set_result(metadata)
+
+    def _save(
+        self,
+        job: SaveJob,
+        snapshot: Snapshot,
+        parcel: Parcel | None,
+        response: AsyncSaveResponse,
+        for_worker: bool,
+    ) -> Metadata:
+        try:
+            snapshot.completion.result()
+            if for_worker and isinstance(snapshot, CustomSnapshot):
+                parcel = self._restage(job, snapshot)
+        except BaseException as error:
+            report_failure(job, error, "staging")
+        if parcel is not None:
+            try:
+                return self._process.save(job, parcel, response.tell)
+            finally:
+                parcel.snapshot.release()
+        return save_here(
+            job,
+            snapshot.content(),
+            tell=response.tell,
+            total=snapshot.progress().bytes_total,
+            beside_workers=for_worker and job.options.use_collectives,
+        )
+
+    def _touch(self) -> None:
+        for arena in self._stager.arenas.free_arenas():
+            self._process.touch(arena, arena.present())
+
+    def _restage(self, job: SaveJob, custom: CustomSnapshot) -> Parcel | None:
+        """A worker reads the engine's staging memory only: once more, off the caller's path."""
+        snapshot = take_snapshot(
+            job,
+            custom.state_dict(),
+            planner=custom.planner,
+            stager=self._stager,
+            background=False,
+            for_worker=True,
+            check=lambda: None,
+        )
+        return self._packed(job, snapshot)
+
+
+_LAST_PATIENCE = 5.0
+"""Seconds for a save whose worker was ended, to say so."""
+
+
+def _tell_others(job: SaveJob, error: BaseException) -> None:
+    """The caller has raised already; what the other ranks say is of no interest to it."""
+    try:
+        report_failure(job, error, "agree")
+    except Exception:
+        logger.debug("a save that could not begin failed on all ranks", exc_info=True)

@@ -1,0 +1,89 @@
+"""What became of a save whose worker died on this rank: told to the others, and found out."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.coordination.failures import capture, exception_of
+from dcp_engine.errors import CheckpointError, CheckpointException
+from dcp_engine.native_storage import ColumnarWriter, CommitRecord
+
+__all__ = ["settle_dead_worker"]
+
+logger = logging.getLogger(__name__)
+
+_COMMIT_PATIENCE = 10.0
+"""Seconds to look for a manifest that another rank may be about to write."""
+_LOOK = 0.1
+
+
+def settle_dead_worker(
+    job: SaveJob, error: CheckpointError, *, save_id: str, committing: bool
+) -> CommitRecord:
+    """Tell the other ranks, and find out whether the save was committed all the same.
+
+    Args:
+        error: how the worker ended.
+        save_id: as far as the worker told; empty if it had none.
+        committing: the worker was in the phase that commits.
+    Returns:
+        The commit, if it is proved.
+    Raises:
+        CheckpointException: with kind ``commit_in_doubt`` if neither is proved.
+    """
+    coordinator = job.options.coordinator_rank if job.options.use_collectives else 0
+    try:
+        outcome = job.session.report_death(job.number, coordinator_rank=coordinator, error=error)
+    except CheckpointError:
+        logger.warning("the other ranks could not be told of the worker's end", exc_info=True)
+        raise _in_doubt(job, error) from error
+    if outcome == "abort" or not save_id:
+        raise _failure(job, error) from error
+    alone = outcome is None
+    others_commit = not alone and job.session.rank != coordinator
+    deadline = time.monotonic() + (_COMMIT_PATIENCE if others_commit else 0.0)
+    while True:
+        record = _find(job, save_id)
+        if record is not None:
+            return record
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_LOOK)
+    known = isinstance(job.writer, ColumnarWriter) or not committing
+    if others_commit or not known:
+        raise _in_doubt(job, error) from error
+    raise _failure(job, error) from error
+
+
+def _find(job: SaveJob, save_id: str) -> CommitRecord | None:
+    writer = job.writer
+    if not isinstance(writer, ColumnarWriter):
+        return None
+    try:
+        return writer.find_commit(job.checkpoint_id, save_id)
+    except CheckpointError:
+        logger.warning("the checkpoint could not be looked at", exc_info=True)
+        return None
+
+
+def _failure(job: SaveJob, error: CheckpointError) -> CheckpointException:
+    rank = job.session.rank
+    return exception_of(
+        [capture(rank, error)],
+        doing="save by the worker process",
+        checkpoint=job.checkpoint_id or "",
+        local=(rank, error),
+    )
+
+
+def _in_doubt(job: SaveJob, error: CheckpointError) -> CheckpointException:
+    failure = _failure(job, error)
+    return CheckpointException(
+        f"whether save {job.number} was committed is not known: {error.message}",
+        failure.failures,
+        kind="commit_in_doubt",
+        checkpoint=job.checkpoint_id,
+        hint="nothing was deleted; the next save, load or prune decides by the manifest",
+    )

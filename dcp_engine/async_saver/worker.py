@@ -1,0 +1,256 @@
+"""The worker's side: carries out its parent's saves.
+
+Belongs here: attaching to sessions and arenas, and turning a request into a save. Does not belong
+here: the loop around it, and dying (``executors.process.worker``).
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from dcp_engine.async_saver.messages import (
+    SAVE,
+    TOUCH,
+    ColumnPart,
+    ColumnStructure,
+    SaveAnswer,
+    SaveNews,
+    SaveRequest,
+    TouchRequest,
+    decode,
+    encode,
+)
+from dcp_engine.async_saver.snapshot import staged_columns
+from dcp_engine.async_saver.watched import WatchedOperation
+from dcp_engine.async_saver.worker_group import alone, join_group
+from dcp_engine.coordination.interface import Session, SessionHandle
+from dcp_engine.errors import CoordinationError, UsageError
+from dcp_engine.executors.process import (
+    Handler,
+    WorkerContext,
+    WorkerRequest,
+    loads,
+)
+from dcp_engine.executors.process.group import WorkerGroup
+from dcp_engine.format.object_codec import EncodedObject
+from dcp_engine.native_storage import ColumnarWriter
+from dcp_engine.planning.cache import PlanCache
+from dcp_engine.planning.local import LocalSource
+from dcp_engine.saver import PlanMemory, SaveOptions
+from dcp_engine.saver.save import ColumnContent, ItemContent, carry_out
+from dcp_engine.staging.arena import Arena
+from dcp_engine.staging.staged_pickle import load_staged
+from dcp_engine.storage import StorageWriter
+
+__all__ = ["SaveHandler", "make_handler"]
+
+_STRUCTURES = 4
+_NEWS_INTERVAL = 0.2
+"""Seconds between two messages about bytes written."""
+
+
+def make_handler(init: bytes, context: WorkerContext) -> SaveHandler:
+    """For ``WorkerSettings.handler``."""
+    return SaveHandler()
+
+
+class SaveHandler(Handler):
+    """Saves one request after the other."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, _Place] = {}
+        self._arenas: dict[int, Arena] = {}
+        self._structures: PlanCache[bytes, ColumnStructure] = PlanCache(_STRUCTURES)
+
+    def handle(self, request: WorkerRequest) -> bytes:
+        """Answer one request; what it raises goes to the parent."""
+        if request.kind == TOUCH:
+            self._touch(decode(request.body, TouchRequest), request)
+            return b""
+        if request.kind != SAVE:
+            raise UsageError(f"a worker for saves was asked to {request.kind!r}")
+        return encode(self._save(decode(request.body, SaveRequest), request))
+
+    def close(self) -> None:
+        """Leave the sessions."""
+        for place in self._places.values():
+            place.close()
+
+    def _touch(self, touch: TouchRequest, request: WorkerRequest) -> None:
+        arena = self._arena(touch.arena, touch.arena_size, request)
+        arena.touch(touch.touched)
+
+    def _arena(self, name: int, size: int, request: WorkerRequest) -> Arena:
+        if request.descriptors:
+            old = self._arenas.pop(name, None)
+            if old is not None:
+                old.close()
+            self._arenas[name] = Arena.attach(request.descriptors[0], size)
+        arena = self._arenas[name]
+        arena.extend(size)
+        return arena
+
+    def _save(self, save: SaveRequest, request: WorkerRequest) -> SaveAnswer:
+        arena = self._arena(save.arena, save.arena_size, request)
+        part = save.part
+        if isinstance(part, ColumnPart):
+            if part.structure is not None:
+                self._structures.put(part.structure_id, pickle.loads(part.structure))
+            if self._structures.get(part.structure_id) is None:
+                return SaveAnswer(unknown_structure=True)
+        options: SaveOptions = loads(save.options)
+        place = self._place(save.session)
+        if save.forget_plans:
+            place.memory.clear()
+        news = _NewsSender(request)
+        with place.session.begin(
+            "save",
+            save.checkpoint,
+            deadlines=options.deadlines,
+            coordinator_rank=options.coordinator_rank if options.use_collectives else 0,
+            number=save.number,
+        ) as operation:
+            watched = WatchedOperation(operation, news.look)
+            unpacked: list[_Unpacked] = []
+
+            def unpack() -> None:
+                """A step of the operation: if this fails, the other ranks are told."""
+                unpacked.append(self._unpack(save, arena))
+
+            generation = 0
+            if place.group is not None:
+                generation = join_group(
+                    watched,
+                    joined=place.group.generation if dist.is_initialized() else 0,
+                    seen=max(save.generation, place.group.generation),
+                    ensure=place.group.ensure,
+                    before=unpack,
+                )
+            else:
+                alone(watched, unpack)
+            writer = news.writer = unpacked[0].writer
+            saved = carry_out(
+                watched,
+                unpacked[0].content,
+                checkpoint_id=save.checkpoint_id,
+                writer=writer,
+                identity=place.session.identity,
+                rank=save.rank,
+                world_size=save.world_size,
+                memory=place.memory,
+                options=options,
+                announce=news.announce,
+                by_worker=True,
+            )
+        return SaveAnswer(
+            generation=generation,
+            record=saved.record,
+            metadata=b"" if saved.record is not None else pickle.dumps(saved.metadata),
+        )
+
+    def _unpack(self, save: SaveRequest, arena: Arena) -> _Unpacked:
+        writer: StorageWriter = loads(save.writer)
+        part = save.part
+        if not isinstance(part, ColumnPart):
+            return _Unpacked(
+                writer=writer,
+                content=ItemContent(
+                    state_dict=load_staged(part.state_dict, arena), planner=loads(part.planner)
+                ),
+            )
+        structure = self._structures.get(part.structure_id)
+        if structure is None:
+            raise CoordinationError("a structure was forgotten in use", kind="out_of_step")
+        return _Unpacked(writer=writer, content=_columns(part, structure, arena))
+
+    def _place(self, handle: bytes) -> _Place:
+        place = self._places.get(handle)
+        if place is None:
+            place = self._places[handle] = _Place(pickle.loads(handle))
+        return place
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unpacked:
+    """What came pickled."""
+
+    writer: StorageWriter
+    content: ColumnContent | ItemContent
+
+
+class _Place:
+    """One session of the parent, and what is kept between its saves."""
+
+    def __init__(self, handle: SessionHandle) -> None:
+        self.session: Session = handle.attach()
+        self.memory = PlanMemory()
+        self.group = WorkerGroup(handle) if handle.world_size > 1 else None
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.close()
+        self.session.close()
+
+
+class _NewsSender:
+    """Tells the parent of phases at once, of bytes now and then."""
+
+    def __init__(self, request: WorkerRequest) -> None:
+        self.writer: StorageWriter | None = None
+        self._request = request
+        self._phase = ""
+        self._save_id = ""
+        self._next = 0.0
+
+    def announce(self, save_id: str) -> None:
+        if save_id != self._save_id:
+            self._save_id = save_id
+            self._send()
+
+    def look(self, phase: str) -> None:
+        if phase != self._phase or time.monotonic() >= self._next:
+            self._phase = phase
+            self._send()
+
+    def _send(self) -> None:
+        self._next = time.monotonic() + _NEWS_INTERVAL
+        writer = self.writer
+        written = writer.bytes_written if isinstance(writer, ColumnarWriter) else 0
+        self._request.progress(
+            encode(SaveNews(phase=self._phase, bytes_done=written, save_id=self._save_id))
+        )
+
+
+def _columns(part: ColumnPart, structure: ColumnStructure, arena: Arena) -> ColumnContent:
+    *tensors, blob = structure.layout.views(arena)
+    return staged_columns(
+        LocalSource(
+            plan=structure.plan,
+            names=structure.names,
+            shapes=structure.shapes,
+            tensors=tuple(tensors),
+            replicated_objects=structure.replicated_objects,
+        ),
+        _objects(part, structure, blob.numpy().tobytes()),
+        dedup_to_lowest_rank=part.dedup_to_lowest_rank,
+        strict_replicas=part.strict_replicas,
+        compares=part.compares,
+    )
+
+
+def _objects(
+    part: ColumnPart, structure: ColumnStructure, blob: bytes
+) -> Mapping[str, EncodedObject]:
+    objects = {}
+    at = 0
+    for name, size, pickled in zip(
+        structure.plan.objects.names, part.object_sizes, part.object_pickled, strict=True
+    ):
+        objects[name] = EncodedObject(blob[at : at + size], pickled=pickled)
+        at += size
+    return objects

@@ -1,0 +1,175 @@
+"""Writing one rank's part of checkpoints, and committing them together with the other ranks.
+
+Belongs here: ``CheckpointWriter``: how its arguments become one save of the engine. Does not
+belong here: saving (``dcp_engine.saver``).
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from dcp_engine.checkpointer.barriers import Barrier
+from dcp_engine.checkpointer.commit_hook import HookedOperation, WriterHook
+from dcp_engine.checkpointer.own_leaves import MarkedState
+from dcp_engine.checkpointer.sessions import Meeting, WriterSessions, WriteTurn
+from dcp_engine.checkpointer.staging import StagedStateDict
+from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
+from dcp_engine.coordination.interface import Deadlines
+from dcp_engine.errors import UsageError
+from dcp_engine.registry import BackendRegistry
+from dcp_engine.saver import PlanMemory, SaveOptions
+from dcp_engine.saver.save import begin_save, carry_out, content_of, require_writer
+
+__all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook"]
+
+
+@dataclass
+class CheckpointWriterConfig:
+    """How long a writer waits."""
+
+    write_barrier_timeout_secs: float = 600
+    """Seconds for all ranks to come, write and commit."""
+    stall_timeout_secs: float = 60
+    """Seconds without a sign of life after which a rank counts as dead."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints that ``dcp_engine.load`` reads, together with the writers of the other
+    ranks, by one commit. A context manager.
+
+    ``DTensor`` and ``ShardedTensor`` are stored as sharded; every other leaf is this rank's own.
+
+    Args:
+        config: how long to wait.
+        rank_info: this process among those that write together.
+        barrier: the way to the other ranks where the processes that write have no
+            ``torch.distributed``: one of type ``"tcp_store"``. A barrier of another origin is
+            executed after the commit, before ``post_commit``.
+        commit_hook: called around the commit.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointWriterConfig,
+        rank_info: RankInfo,
+        barrier: Barrier | None = None,
+        commit_hook: WriterHook | None = None,
+    ) -> None:
+        self._config = config
+        self._rank_info = rank_info
+        self._barrier = barrier
+        self._commit_hook = commit_hook
+        self._sessions = WriterSessions(
+            rank_info, barrier, timeout=config.write_barrier_timeout_secs
+        )
+        self._registry = BackendRegistry()
+        self._plans = PlanMemory()
+        self._turn: WriteTurn | None = None
+        self._closed = False
+
+    def take_turn(self, turn: WriteTurn) -> None:
+        """The next ``write`` is this one, on behalf of another process."""
+        self._turn = turn
+
+    def write(
+        self, path: str | os.PathLike[str], state_dict: STATE_DICT, **kwargs: Any
+    ) -> Future[None] | None:
+        """Write this rank's part and commit. Every rank has to call this.
+
+        When it returns, on any rank, the checkpoint is committed and on stable storage. When it
+        raises, it raises on every rank (but for ``post_commit``), and what was there before is
+        still there.
+
+        Args:
+            path: path or URL of the checkpoint, the same on all ranks.
+            state_dict: a ``StagedStateDict`` too.
+            kwargs: for the commit hook.
+
+        Returns:
+            None: the write is over.
+
+        Raises:
+            CheckpointException: naming the ranks that failed, and missing ones.
+            UsageError: there is no way to the other ranks.
+        """
+        turn, self._turn = self._turn, None
+        if self._closed:
+            raise UsageError("the writer is closed", checkpoint=path, hint="make a new one")
+        shared = state_dict.shared if isinstance(state_dict, StagedStateDict) else frozenset()
+        with self._sessions.meet(turn) as meeting:
+            self._save(
+                os.fspath(path), MarkedState(lambda: state_dict, shared), meeting, turn, kwargs
+            )
+        if self._barrier is not None and not self._barrier.waits_at_commit:
+            self._barrier.execute_barrier()
+        if self._commit_hook is not None:
+            self._commit_hook.post_commit(os.fspath(path), **kwargs)
+        return None
+
+    def close(self) -> None:
+        """Close the connections to the other ranks, and the barrier. May be called twice."""
+        self._closed = True
+        self._sessions.close()
+        if self._barrier is not None:
+            self._barrier.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _save(
+        self,
+        path: str,
+        state: MarkedState,
+        meeting: Meeting,
+        turn: WriteTurn | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        storage = self._registry.writer(path)
+        require_writer(storage)
+        options = SaveOptions(
+            deadlines=Deadlines(
+                timeout=self._config.write_barrier_timeout_secs,
+                stall_timeout=self._config.stall_timeout_secs,
+            )
+        )
+        content = content_of(
+            state, writer=storage, planner=None, group=meeting.group, options=options
+        )
+        hook = self._commit_hook
+        with ExitStack() as stack:
+            operation = stack.enter_context(
+                begin_save(
+                    meeting.session,
+                    checkpoint_id=path,
+                    writer=storage,
+                    options=options,
+                    number=meeting.number,
+                )
+            )
+            if hook is not None:
+                operation = HookedOperation(operation, lambda: hook.pre_commit(path, **kwargs))
+            carry_out(
+                operation,
+                content,
+                checkpoint_id=path,
+                writer=storage,
+                identity=meeting.session.identity,
+                rank=self._rank_info.global_rank,
+                world_size=self._rank_info.global_world_size,
+                memory=self._plans,
+                options=options,
+                by_worker=turn is not None,
+            )

@@ -1,0 +1,330 @@
+"""What a rank does in a case: fail, look at what is there, save again, count what is left.
+
+Belongs here: the steps of a case on one rank, and what it reports. Does not belong here: judging
+the reports (``verdict``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+import dcp_engine as dcp
+from dcp_engine.coordination.open_session import open_session
+from dcp_engine.coordination.rhythm import Rhythm
+from storage_backends.filesystem_store import FileSystemStore
+from storage_backends.prune import prune
+from storage_backends.sharded_reader import ShardedReader
+from storage_backends.sharded_writer import ShardedWriter
+from tests.matrix.cases import Case
+from tests.matrix.sites import Site
+from tests.matrix.strike import Strike, StruckStore, mark_done, strike_method
+
+__all__ = ["killed", "recover", "survived"]
+
+QUICK = Rhythm(interval=0.1, grace=0.5, idle_poll=0.02)
+DEADLINE = 1.5
+"""Seconds for an operation in which a rank hangs."""
+STALL = 1.5
+"""Seconds of silence that are death here: fifteen heartbeats."""
+PATIENCE = 40.0
+"""Seconds for everything else: never reached."""
+
+Strikes = dict[str, Strike]
+"""By what is struck: the label of a site's own, and ``first``."""
+
+
+class _Part:
+    """A ``Stateful``."""
+
+    def __init__(self, value: float) -> None:
+        self.held = torch.full((3,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self.held, "name": "part"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.held = state_dict["held"]
+
+
+class _State:
+    """A sharded tensor, a replicated one, small and large objects, a rank's own, a ``Stateful``:
+    all made of one value."""
+
+    def __init__(self, value: float) -> None:
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        mesh = init_device_mesh("cpu", (world_size,))
+        self._own = torch.full((2,), value + rank)
+        self.part = _Part(value)
+        self.content: dict[str, Any] = {
+            "w": DTensor.from_local(torch.full((3, 4), value), mesh, [Shard(0)], run_check=False),
+            "bias": torch.full((7,), value),
+            "step": value,
+            "log": [value] * 2000,
+            "own": dcp.PerRank(self._own),
+            "part": self.part,
+        }
+
+    def values(self) -> list[float]:
+        """What it is made of now."""
+        content = self.content
+        return sorted(
+            {
+                *content["w"].to_local().flatten().tolist(),
+                *content["bias"].tolist(),
+                content["step"],
+                *content["log"],
+                *(content["own"].value - dist.get_rank()).tolist(),
+                *self.part.held.tolist(),
+            }
+        )
+
+
+class _ItemSavePlanner(dcp.DefaultSavePlanner):
+    def finish_plan(self, new_plan: Any) -> Any:
+        return super().finish_plan(new_plan)
+
+
+class _ItemLoadPlanner(dcp.DefaultLoadPlanner):
+    def finish_plan(self, central_plan: Any) -> Any:
+        return super().finish_plan(central_plan)
+
+
+# -- one operation, struck ---------------------------------------------------------------------
+
+
+def _engine() -> dcp.Engine:
+    made = dcp.Engine(timeout=PATIENCE, stall_timeout=STALL)
+    if dist.get_world_size() > 1:
+        made._session = open_session(rhythm=QUICK)
+    return made
+
+
+def _operate(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
+    OPERATIONS[case.site.operation](on, case, path, value, strikes)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {
+        "no_dist": case.world_size == 1,
+        "coordinator_rank": case.coordinator,
+        "timeout": DEADLINE if case.fault == "hang" else PATIENCE,
+        "stall_timeout": STALL if case.fault == "kill" else PATIENCE,
+    }
+
+
+def _struck_save(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
+    site = case.site
+    state = _State(value)
+    writer = ShardedWriter(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
+    planner = _ItemSavePlanner() if site.path == "items" else dcp.DefaultSavePlanner()
+    _strike_objects(site, strikes, writer=writer, planner=planner, stateful=state.part)
+    on.save(state.content, storage_writer=writer, planner=planner, **_options(case))
+
+
+def _struck_load(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
+    site = case.site
+    state = _State(-1.0)
+    reader = ShardedReader(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
+    planner = _ItemLoadPlanner() if site.path == "items" else dcp.DefaultLoadPlanner()
+    _strike_objects(site, strikes, reader=reader, planner=planner, stateful=state.part)
+    on.load(state.content, storage_reader=reader, planner=planner, **_options(case))
+
+
+OPERATIONS: dict[str, Callable[[dcp.Engine, Case, str, float, Strikes], None]] = {
+    "save": _struck_save,
+    "load": _struck_load,
+}
+
+
+def _struck_store(store: Any, site: Site, strikes: Strikes) -> Any:
+    if site.first.startswith("store."):
+        operation = site.first.split()[0].partition(".")[2]
+        store = StruckStore(store, operation, site.name, strikes["first"])
+    if site.subject == "store":
+        store = StruckStore(store, site.method, site.name, strikes["fault"])
+    return store
+
+
+def _strike_objects(site: Site, strikes: Strikes, **objects: Any) -> None:
+    if site.first and not site.first.startswith("store."):
+        subject, _, method = site.first.split()[0].partition(".")
+        strike_method(objects[subject], method, strikes["first"])
+    if site.subject != "store":
+        strike_method(objects[site.subject], site.method, strikes["fault"])
+
+
+def _strikes(case: Case, control: str) -> Strikes:
+    rank, world = dist.get_rank(), range(case.world_size)
+    common: dict[str, Any] = {"control": control, "rank": rank}
+    first_when = (case.site.first.split() + ["before"])[1] if case.site.first else "before"
+    return {
+        "fault": Strike(
+            label="fault",
+            ranks=case.ranks,
+            how=case.fault,
+            when=case.when,
+            together=case.site.together and len(case.ranks) > 1,
+            waiters=tuple(r for r in world if r not in case.ranks),
+            limit=DEADLINE + 0.5 if len(case.ranks) == case.world_size else PATIENCE,
+            **common,
+        ),
+        "first": Strike(
+            label="first",
+            ranks=case.first_ranks if case.site.first else (),
+            how="exception",
+            when=first_when,
+            together=len(case.first_ranks) > 1 if case.site.first else False,
+            waiters=(),
+            limit=0.0,
+            **common,
+        ),
+    }
+
+
+def _outcome(run: Callable[[], Any]) -> dict[str, Any]:
+    began = time.monotonic()
+    raised, kind, ranks, text = "", None, [], ""
+    try:
+        run()
+    except dcp.CheckpointException as error:
+        raised, kind, ranks, text = (
+            "CheckpointException",
+            error.kind,
+            sorted(error.failures),
+            str(error),
+        )
+    except BaseException as error:
+        raised, text = type(error).__name__, str(error)
+    return {
+        "raised": raised,
+        "kind": kind,
+        "ranks": ranks,
+        "text": text,
+        "seconds": time.monotonic() - began,
+    }
+
+
+# -- plain operations --------------------------------------------------------------------------
+
+
+def _save(on: dcp.Engine, path: str, value: float) -> None:
+    on.save(
+        _State(value).content,
+        storage_writer=dcp.FileSystemWriter(path),
+        no_dist=dist.get_world_size() == 1,
+    )
+
+
+def _load(on: dcp.Engine, path: str) -> list[float]:
+    state = _State(-1.0)
+    on.load(
+        state.content,
+        storage_reader=dcp.FileSystemReader(path),
+        no_dist=dist.get_world_size() == 1,
+    )
+    return state.values()
+
+
+def _files(path: str) -> list[str]:
+    return sorted(name for name in os.listdir(path))
+
+
+def _resources() -> dict[str, int]:
+    """Descriptors by what they are, threads, and child processes."""
+    count: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        count[target.partition(":")[0] if ":" in target else target] += 1
+    for thread in threading.enumerate():
+        count[f"thread {thread.name.rstrip('0123456789')}"] += 1
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    count["processes"] = len(children.read_text().split()) if children.exists() else 0
+    return dict(count)
+
+
+def _left_over(before: dict[str, int], limit: float = 5.0) -> dict[str, int]:
+    """What there is more of than ``before``, once it has had time to go."""
+    end = time.monotonic() + limit
+    while True:
+        now = _resources()
+        more = {name: n - before.get(name, 0) for name, n in now.items() if n > before.get(name, 0)}
+        if not more or time.monotonic() > end:
+            return more
+        time.sleep(0.01)
+
+
+# -- cases -------------------------------------------------------------------------------------
+
+
+def survived(cases: list[Case], root: str) -> list[dict[str, Any]]:
+    """Cases in which no rank dies, one after the other over one engine."""
+    place, value = f"{root}/checkpoint", 1.0
+    reports = []
+    with _engine() as on:
+        for _ in range(2):
+            _save(on, place, value)
+            _load(on, place)
+        before = _resources()
+        for number, case in enumerate(cases):
+            report = _struck(on, case, place, value, f"{root}/control-{number}")
+            dist.barrier()
+            report.update(_aftermath(on, place, value + 2))
+            report["left over"] = _left_over(before)
+            reports.append(report)
+            value += 2
+    return reports
+
+
+def killed(case: Case, root: str) -> dict[str, Any]:
+    """A case in which ranks die: what the others see of it."""
+    place = f"{root}/checkpoint"
+    with _engine() as on:
+        _save(on, place, 1.0)
+        before = _resources()
+        report = _struck(on, case, place, 1.0, f"{root}/control-0")
+        report["left over"] = _left_over(before)
+    return report
+
+
+def recover(root: str) -> dict[str, Any]:
+    """What other ranks find after ``killed``, in a new job."""
+    with _engine() as on:
+        return _aftermath(on, f"{root}/checkpoint", 3.0)
+
+
+def _struck(on: dcp.Engine, case: Case, place: str, value: float, control: str) -> dict[str, Any]:
+    Path(control).mkdir(parents=True, exist_ok=True)
+    strikes = _strikes(case, control)
+    report = _outcome(lambda: _operate(on, case, place, value + 1, strikes))
+    mark_done(control, dist.get_rank())
+    return {**report, "value": value}
+
+
+def _aftermath(on: dcp.Engine, place: str, value: float) -> dict[str, Any]:
+    """What is there, and whether the next save succeeds."""
+    files = _files(place)
+    then = _load(on, place)
+    _save(on, place, value)
+    last = _load(on, place)
+    saved = _files(place)  # now the coordinator has removed what it replaced
+    pruned = saved
+    if len(saved) > 2:
+        dist.barrier()  # all ranks have looked
+        if dist.get_rank() == 0:
+            prune(place, older_than=0)
+        dist.barrier()
+        pruned = _files(place)
+    return {"files": files, "then": then, "saved": saved, "last": last, "pruned": pruned}
