@@ -13,6 +13,7 @@ from importlib import import_module
 
 COMMANDS = {
     "io": "saves and loads: wall and processor time against raw writes, DCP and safetensors",
+    "object_store": "loads from a slow medium: streams used, against DCP over fsspec",
     "planning": "planning and coordination of many ranks: time, bytes, memory, store operations",
     "shared_reads": "reading once and handing on, against every rank reading for itself",
 }

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -142,6 +144,13 @@ class ByteStore(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         """Fill every range's buffer. A file that ends too early is an ``EOFError``."""
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Callable[[Sequence[ReadRange]], None]]:
+        """For several reads of one file: what ``read`` does for ``name``, as a callable. A medium
+        where opening costs something opens the file once; the errors are the same, but may come
+        at once."""
+        yield partial(self.read, name)
 
     @abc.abstractmethod
     def size(self, name: str) -> int:

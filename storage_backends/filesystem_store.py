@@ -16,8 +16,8 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
 from dcp_engine.errors import DamagedCheckpointError, StorageError, UsageError
@@ -274,11 +274,26 @@ class FileSystemStore(ByteStore):
             storage_errors("read the file", checkpoint=self.url, file=name),
             self._opened(name) as (descriptor, _size),
         ):
-            try:
-                for offset, buffers in adjacent(ranges):
-                    pread_all(descriptor, buffers, offset)
-            except EOFError as error:
-                raise EOFError(f"{self.url}/{name}: {error}") from error
+            self._read_ranges(descriptor, name, ranges)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Callable[[Sequence[ReadRange]], None]]:
+        with ExitStack() as stack:
+            with storage_errors("open the file", checkpoint=self.url, file=name):
+                descriptor, _ = stack.enter_context(self._opened(name))
+
+            def read(ranges: Sequence[ReadRange]) -> None:
+                with storage_errors("read the file", checkpoint=self.url, file=name):
+                    self._read_ranges(descriptor, name, ranges)
+
+            yield read
+
+    def _read_ranges(self, descriptor: int, name: str, ranges: Sequence[ReadRange]) -> None:
+        try:
+            for offset, buffers in adjacent(ranges):
+                pread_all(descriptor, buffers, offset)
+        except EOFError as error:
+            raise EOFError(f"{self.url}/{name}: {error}") from error
 
     def get(self, name: str, *, limit: int | None = None) -> bytes:
         # One descriptor for size and content: a file that is replaced meanwhile stays one file.

@@ -152,7 +152,7 @@ def open_filesystems(
     with _opening(url, secrets):
         if fs is not None:
             make = _maker_of_instance(fs, url)
-            first = _prepared(fs, fs._strip_protocol(url) if "://" in url else url)
+            first = _prepared(fs, _path_in(fs, url))
         else:
             make = _maker_of_url(url, options, last_options)
             first = make()
@@ -197,9 +197,17 @@ def _could_not_open(url: str, error: Exception, secrets: Secrets) -> CheckpointE
 def _maker_of_instance(fs: Any, url: str) -> Callable[[], _Layers]:
     def make() -> _Layers:
         again = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
-        return _prepared(again, again._strip_protocol(url) if "://" in url else url)
+        return _prepared(again, _path_in(again, url))
 
     return make
+
+
+def _path_in(fs: Any, url: str) -> str:
+    """The path that ``url`` has in ``fs``."""
+    scheme, colon, rest = url.partition("://")
+    if colon and scheme in protocols_of(fs) and fs._strip_protocol(url) == url:
+        return rest  # a class for several protocols does not know which one its instance has
+    return str(fs._strip_protocol(url)) if colon else url
 
 
 def _maker_of_url(

@@ -8,12 +8,14 @@ number or offset, and what completes an upload looks whether it is complete alre
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from storage_backends.fsspec_paths import remove_file
+from storage_backends.fsspec_puts import put_s3_object
 
 __all__ = ["OffsetSink", "S3Sink", "s3_part_bytes"]
 
@@ -44,16 +46,20 @@ class S3Sink:
         self._upload: str | None = None
         self._tags: dict[int, str] = {}
 
-    def put_whole(self, data: bytes | bytearray) -> None:
-        self._fs.call_s3("put_object", Body=bytes(data), **self._place)
+    def put_whole(self, data: bytes) -> None:
+        put_s3_object(self._fs, self._path, data)
 
     def begin(self) -> None:
         answer = self._fs.call_s3("create_multipart_upload", **self._place)
         self._upload = str(answer["UploadId"])
 
-    def send(self, number: int, offset: int, data: bytearray) -> None:
+    def send(self, number: int, offset: int, data: bytes) -> None:
         answer = self._fs.call_s3(
-            "upload_part", PartNumber=number + 1, UploadId=self._upload, Body=data, **self._place
+            "upload_part",
+            PartNumber=number + 1,
+            UploadId=self._upload,
+            Body=io.BytesIO(data),
+            **self._place,
         )
         with self._lock:
             self._tags[number] = str(answer["ETag"])
@@ -88,14 +94,14 @@ class OffsetSink:
         self._lease = lease
         self._path = path
 
-    def put_whole(self, data: bytes | bytearray) -> None:
+    def put_whole(self, data: bytes) -> None:
         if data:
-            self.send(0, 0, bytearray(data))
+            self.send(0, 0, data)
 
     def begin(self) -> None:
         return None
 
-    def send(self, number: int, offset: int, data: bytearray) -> None:
+    def send(self, number: int, offset: int, data: bytes) -> None:
         with self._lease() as fs, fs.open(self._path, "r+b") as file:
             file.seek(offset)
             if not hasattr(file, "set_pipelined"):

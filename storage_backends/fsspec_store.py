@@ -7,7 +7,6 @@ here: what users construct (``storage_backends.fsspec``), and the requests thems
 
 from __future__ import annotations
 
-import inspect
 import posixpath
 import threading
 import time
@@ -19,8 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from fsspec.implementations.memory import MemoryFile
-
 from dcp_engine.errors import StorageError, UsageError
 from dcp_engine.format.names import OWNER_NAME, parse_data_directory
 from dcp_engine.storage import ByteStore, ByteStoreFile, ReadRange, StoredFile
@@ -29,16 +26,14 @@ from storage_backends.fsspec_open import FileSystems
 from storage_backends.fsspec_parts import OffsetSink, S3Sink, s3_part_bytes
 from storage_backends.fsspec_paths import (
     Entry,
-    can_rename_if_absent,
     is_directory,
     list_objects,
     list_tree,
     make_directories,
     remove_directory,
     remove_file,
-    rename,
-    rename_if_absent,
 )
+from storage_backends.fsspec_puts import Renaming, creates_if_absent, put_object
 from storage_backends.fsspec_reads import (
     Request,
     ShortRead,
@@ -97,7 +92,7 @@ class FsspecByteStore(ByteStore):
             raise UsageError("streams, part_bytes and request_bytes are positive numbers")
         self._part_bytes = min(self._part_bytes, max(1, limits.max_inflight_bytes // 2))
         self._max_inflight = limits.max_inflight_bytes
-        self.create_if_absent = self._creates_if_absent()
+        self.create_if_absent = creates_if_absent(filesystems.kind, traits)
         self.shared_between_processes = traits.shared
         self._pool = ThreadPoolExecutor(self._streams, thread_name_prefix="dcp_engine-fsspec")
         self._scratch: str | None = None
@@ -237,65 +232,28 @@ class FsspecByteStore(ByteStore):
         if not self._fs.traits.whole_puts:
             self._put_by_renaming(name, path, data, if_absent)
             return
-        if if_absent and self.create_if_absent:
-            call = self._leased(lambda fs: self._create_object(fs, path, data))
-        else:
-            call = self._leased(lambda fs: fs.pipe_file(path, data))
+        absent = if_absent and self.create_if_absent
+        call = self._leased(partial(put_object, path=path, data=data, if_absent=absent))
         self._guard_write(name, "store the object", call)
 
-    def _creates_if_absent(self) -> bool:
-        kind, traits = self._fs.kind, self._fs.traits
-        if not traits.writable:
-            return False
-        if not traits.whole_puts:
-            return can_rename_if_absent(kind)
-        if self._is_of("fsspec.implementations.memory", "obstore.fsspec"):
-            return True
-        method = getattr(kind, "_pipe_file", None)
-        return method is not None and "mode" in inspect.signature(method).parameters
-
-    def _create_object(self, fs: Any, path: str, data: bytes) -> None:
-        if self._is_of("fsspec.implementations.memory"):
-            # What it offers looks first and writes then; of several threads all would win.
-            made = MemoryFile(fs, path, data)
-            if fs.store.setdefault(path, made) is not made:
-                raise FileExistsError(path)
-        elif self._is_of("obstore.fsspec"):
-            # Its fsspec face forgets the mode.
-            bucket, key = fs._split_path(path)
-            fs._construct_store(bucket).put(key, data, mode="create")
-        else:
-            fs.pipe_file(path, data, mode="create")
-
     def _put_by_renaming(self, name: str, path: str, data: bytes, if_absent: bool) -> None:
-        place = posixpath.dirname(path)
-        if "/" not in name:
-            # Nothing but data directories lies beside manifests: a save has made one.
-            place = self._scratch or place
+        beside = posixpath.dirname(path)
+        # Nothing but data directories lies beside manifests; a save has made one.
+        place = (self._scratch or beside) if "/" not in name else beside
         temporary = f"{place}/.{posixpath.basename(path)}.{uuid.uuid4().hex}.tmp"
-
-        def write(fs: Any) -> None:
-            with fs.open(temporary, "wb") as file:
-                file.write(data)
-            written = fs.info(temporary)["size"]
-            if written != len(data):
-                raise ConnectionError(f"{len(data)} bytes were sent, and {written} are there")
-
-        def take_name(fs: Any) -> None:
-            (rename_if_absent if if_absent and self.create_if_absent else rename)(
-                fs, temporary, path
-            )
-
+        renaming = Renaming(temporary, path, data, if_absent=if_absent and self.create_if_absent)
         try:
-            self._guard(name, "store the object", self._leased(write))
+            self._guard(name, "store the object", self._leased(renaming.write))
         except FileNotFoundError:
-            if place == posixpath.dirname(path):
+            if place == beside:
                 raise
+            # That data directory is gone.
             self._scratch = None
             self._put_by_renaming(name, path, data, if_absent)
             return
         try:
-            self._guard(name, "store the object", self._leased(take_name), missing=False)
+            call = self._leased(renaming.take_name)
+            self._guard(name, "store the object", call, missing=False)
         except BaseException:
             with suppress(Exception):
                 self._leased(lambda fs: remove_file(fs, temporary))()

@@ -25,13 +25,13 @@ Guard = Callable[[str, Callable[[], Any]], Any]
 class PartSink(Protocol):
     """Where the parts of one file go. ``send`` is called from several threads."""
 
-    def put_whole(self, data: bytes | bytearray) -> None:
+    def put_whole(self, data: bytes) -> None:
         """Store a file that is one part."""
 
     def begin(self) -> None:
         """More than one part is going to come."""
 
-    def send(self, number: int, offset: int, data: bytearray) -> None:
+    def send(self, number: int, offset: int, data: bytes) -> None:
         """Send part ``number``, counted from 0."""
 
     def finish(self, size: int) -> None:
@@ -130,18 +130,18 @@ class PartsFile(_OpenFile):
         self._free.acquire()
         try:
             self._raise_first_failure()
-            number, data, self._part = len(self._sent), self._part, bytearray()
+            number, data = len(self._sent), bytes(self._part)
+            self._part = bytearray()
             self._sent.append(self._pool.submit(self._send_one, number, data))
         except BaseException:
             self._free.release()
             raise
 
-    def _send_one(self, number: int, data: bytearray) -> None:
+    def _send_one(self, number: int, data: bytes) -> None:
         try:
             offset = number * self._part_bytes
             self._guard("write the file", lambda: self._sink.send(number, offset, data))
         finally:
-            data.clear()
             self._free.release()
 
     def _raise_first_failure(self) -> None:
@@ -153,7 +153,7 @@ class PartsFile(_OpenFile):
         if not self._end():
             return
         if not self._begun:
-            data = self._part
+            data = bytes(self._part)
             self._guard("write the file", lambda: self._sink.put_whole(data))
         else:
             if self._part:
@@ -204,11 +204,13 @@ class StreamFile(_OpenFile):
 
     def _append(self, view: memoryview) -> None:
         def write() -> None:
+            # Some keep what they are given until it is sent, and the memory is the caller's.
+            data = bytes(view)
             done = 0
-            while done < view.nbytes:
-                count = self._file.write(view[done:])
+            while done < len(data):
+                count = self._file.write(data[done:] if done else data)
                 # Some say nothing, and have taken all.
-                done += view.nbytes if count is None else count
+                done += len(data) if count is None else count
 
         if view.nbytes:
             self._guard("write the file", write)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dcp_engine.storage import Check
 
@@ -30,6 +29,9 @@ def default_threads() -> int:
     return max(1, min(share, MAX_DEFAULT_THREADS))
 
 
+_NONE: Any = object()
+
+
 class _Stopped(Exception):
     """Another job failed; this one was told to stop."""
 
@@ -45,25 +47,45 @@ def run_jobs(
             run(job, check)
         return
     stop = threading.Event()
+    lock = threading.Lock()
+    waiting = iter(jobs)
+    errors: list[BaseException] = []
 
     def checked() -> None:
         if stop.is_set():
             raise _Stopped
         check()
 
-    def one(job: J) -> None:
-        checked()
-        run(job, checked)
+    def work() -> None:
+        while True:
+            with lock:
+                job = next(waiting, _NONE)
+            if job is _NONE:
+                return
+            try:
+                checked()
+                run(job, checked)
+            except _Stopped:
+                return
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+                return
 
-    with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp_engine-io") as pool:
-        futures: list[Future[None]] = [pool.submit(one, job) for job in jobs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            # No job failed: all are done, and nobody looks at the event any more.
-            stop.set()
-        wait(futures)
-    errors = [error for f in futures if (error := f.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, _Stopped):
-            raise error
+    # No ThreadPoolExecutor: at exit it takes nothing more, while pending saves are still drained.
+    workers = [
+        threading.Thread(target=work, name=f"dcp_engine-io-{number}", daemon=True)
+        for number in range(min(threads, len(jobs)))
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        stop.set()  # an interrupt of this thread ends the others too
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+    if errors:
+        raise errors[0]

@@ -7,7 +7,9 @@ which files are what they claim to be (``checkpoint_files``), and cutting boxes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import ExitStack
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,8 @@ U64 = npt.NDArray[np.uint64]
 READ_BYTES = 2 << 20
 """Bytes read, then checked, at a time: small enough to be in the cache still. A store that is slow
 to begin is asked for more."""
+UNCHECKED_BYTES = 8 << 20
+"""The same where nothing is checked: fewer calls."""
 READ_RANGES = 1024
 """Ranges per read: what ``preadv`` takes."""
 MAX_SPAN = 8 << 20
@@ -99,20 +103,24 @@ def read_wanted(
     counts: list[int] = []
 
     def run(job: _Job, job_check: Check) -> None:
-        batch = _Batch(files, job.file, job_check, read_bytes)
-        for source in job.sources:
-            for transfer in _transfers(source, block_size):
-                batch.add(transfer)
-        batch.flush()
-        counts.append(batch.bytes_read)
+        scratch = idle.pop() if idle else _Scratch()
+        with _Batch(files, job.file, job_check, read_bytes, scratch) as batch:
+            for source in job.sources:
+                for transfer in _transfers(source, block_size, cut_bytes):
+                    batch.add(transfer)
+            batch.flush()
+            counts.append(batch.bytes_read)
+        idle.append(scratch)
 
+    idle: list[_Scratch] = []  # as many as there are threads
     block_size = files.manifest.block_size
+    cut_bytes = READ_BYTES if files.verify_digests else UNCHECKED_BYTES
     slow = files.store.preferred_read > READ_BYTES
     if slow:
         job_bytes = _even_share(sum(row.tensor.nbytes for row in wanted), threads, files)
     else:
         job_bytes = JOB_BYTES
-    read_bytes = job_bytes if slow else READ_BYTES
+    read_bytes = job_bytes if slow else cut_bytes
     run_jobs(_jobs(wanted, job_bytes, block_size), run, threads=threads, check=check)
     return sum(counts)
 
@@ -173,12 +181,13 @@ def _is_whole_run(wanted: Wanted) -> bool:
     )
 
 
-def _transfers(source: _Source, block_size: int) -> Iterator[_Transfer]:
+def _transfers(source: _Source, block_size: int, cut_bytes: int) -> Iterator[_Transfer]:
     wanted = source.wanted
     tensor = wanted.tensor
     if source.is_run:
         view = memory_of(tensor)[source.begin : source.end]
-        yield from _direct(wanted, source.begin, source.end, view, tensor, block_size)
+        step = max(cut_bytes // block_size, 1) * block_size
+        yield from _direct(wanted, source.begin, source.end, view, tensor, step)
         return
     # Runs that share a block would each be widened to it, and read it once more.
     cutter = BoxCutter(max_span=MAX_SPAN, max_gap=max(MAX_GAP, block_size))
@@ -191,19 +200,19 @@ def _transfers(source: _Source, block_size: int) -> Iterator[_Transfer]:
             if length != box.shape[d]:
                 box = box.narrow(d, begin, length)
         if part.direct:
-            yield from _direct(wanted, part.first, part.end, memory_of(box), box, block_size)
+            step = max(cut_bytes // block_size, 1) * block_size
+            yield from _direct(wanted, part.first, part.end, memory_of(box), box, step)
         else:
             yield _Transfer(wanted, part.first, part.end, None, box)
 
 
 def _direct(
-    wanted: Wanted, begin: int, end: int, view: memoryview, box: torch.Tensor, block_size: int
+    wanted: Wanted, begin: int, end: int, view: memoryview, box: torch.Tensor, step: int
 ) -> Iterator[_Transfer]:
-    """One run, cut at block borders."""
-    if end - begin <= READ_BYTES:
+    """One run, cut at multiples of ``step`` bytes, which are block borders."""
+    if end - begin <= step:
         yield _Transfer(wanted, begin, end, view, box)
         return
-    step = max(READ_BYTES // block_size, 1) * block_size
     at = begin
     while at < end:
         to = min(end, (at // step + 1) * step)
@@ -236,10 +245,11 @@ class _Scratch:
 
 
 class _Batch:
-    """Collects ranges of one file, reads them at one go, checks them, copies what has to be."""
+    """Collects ranges of one file, reads them at one go, checks them, copies what has to be. A
+    context: the file stays open in it, from the first read on."""
 
     def __init__(
-        self, files: CheckpointFiles, file: int, check: Check, read_bytes: int = READ_BYTES
+        self, files: CheckpointFiles, file: int, check: Check, read_bytes: int, scratch: _Scratch
     ) -> None:
         self._files = files
         self._file = files.manifest.data_files[file]
@@ -247,13 +257,26 @@ class _Batch:
         self._block_size = files.manifest.block_size
         self._check = check
         self._read_bytes = read_bytes
-        self._scratch = _Scratch()
+        self._scratch = scratch
+        self._open = ExitStack()
+        self._read_file: Callable[[Sequence[ReadRange]], None] | None = None
         self._ranges: list[ReadRange] = []
         self._held = 0
         self._checks: list[tuple[Wanted, int, Sequence[memoryview]]] = []
         self._copies: list[Callable[[], None]] = []
-        self._names: list[tuple[int, str]] = []
+        self._names: list[str] = []
         self.bytes_read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open.close()
 
     def add(self, transfer: _Transfer) -> None:
         """Read ``transfer`` with this batch or the next one."""
@@ -311,7 +334,7 @@ class _Batch:
     def _read(self, wanted: Wanted, begin: int, view: memoryview) -> None:
         offset = self._file.data_start + wanted.start + begin
         self._ranges.append(ReadRange(offset, view))
-        self._names.append((offset, wanted.name))
+        self._names.append(wanted.name)
         self._held += view.nbytes
 
     def flush(self) -> None:
@@ -319,8 +342,12 @@ class _Batch:
         if not self._ranges:
             return
         self._check()
-        with self._files.reading(self._file.name, tensor=self._ranges_of()):
-            self._files.store.read(self._path, self._ranges)
+        # The tensor, if this batch is about one only.
+        tensor = self._names[0] if self._names.count(self._names[0]) == len(self._names) else None
+        with self._files.reading(self._file.name, tensor=tensor):
+            if self._read_file is None:
+                self._read_file = self._open.enter_context(self._files.store.opened(self._path))
+            self._read_file(self._ranges)
         self.bytes_read += self._held
         for wanted, begin, parts in self._checks:
             if wanted.digests is not None:
@@ -330,11 +357,6 @@ class _Batch:
         self._ranges, self._held = [], 0
         self._checks, self._copies, self._names = [], [], []
         self._scratch.release()
-
-    def _ranges_of(self) -> str | None:
-        """The tensor, if this batch is about one only."""
-        names = {name for _, name in self._names}
-        return names.pop() if len(names) == 1 else None
 
     def _compare(self, wanted: Wanted, begin: int, parts: Sequence[memoryview]) -> None:
         """Check consecutive ``parts`` from byte ``begin``, a block border, of the chunk."""
@@ -347,7 +369,7 @@ class _Batch:
             return
         made = _digests_over(parts, self._block_size)
         expected = wanted.digests[first : first + len(made)]
-        if not np.array_equal(made, expected):
+        if len(made) != len(expected) or not (made == expected).all():
             self._refuse(wanted, first + int(np.flatnonzero(made != expected)[0]))
 
     def _refuse(self, wanted: Wanted, block: int) -> None:

@@ -30,6 +30,7 @@ __all__ = ["SmallRows", "read_small", "small_rows"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
 
 JOB_BYTES = 4 << 20
 """Bytes read, then checked, at a time: small enough to be in the cache still."""
@@ -37,6 +38,8 @@ JOB_ROWS = 1024
 """Rows per read: what ``preadv`` takes."""
 SLOW_ROWS = 16 * JOB_ROWS
 """Rows per read of a store that is slow to begin."""
+LONG_RUN = 256
+"""Rows one behind the other that are worth requests of their own there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +68,8 @@ def small_rows(
     nbytes = plan.itemsize * row_products(plan.chunk_sizes)
     is_small = (nbytes <= files.manifest.block_size) & (nbytes > 0)
     is_small &= all_rows((plan.lengths == plan.chunk_sizes) & (plan.within == 0))
+    if files.store.preferred_read > JOB_BYTES:
+        is_small &= _among_their_like(plan, nbytes, is_small)
     rows = np.flatnonzero(is_small)
     taken = [tensors[dest] for dest in plan.dest[rows].tolist()]
     dtypes = [tensor.dtype for tensor in taken]
@@ -93,6 +98,19 @@ def small_rows(
     others = np.ones(len(nbytes), np.bool_)
     others[rows] = False
     return _with_digests(files, small), np.flatnonzero(others)
+
+
+def _among_their_like(plan: LoadColumns, nbytes: I64, is_small: Mask) -> Mask:
+    """Which small rows lie in a long run of small ones. Where requests are slow to begin, others
+    are read along with the large chunks beside them."""
+    follows = np.zeros(len(nbytes), np.bool_)
+    follows[1:] = (
+        (plan.chunk_start[1:] == plan.chunk_start[:-1] + nbytes[:-1])
+        & (plan.file[1:] == plan.file[:-1])
+        & is_small[:-1]
+    )
+    run = np.cumsum(~(follows & is_small))
+    return np.bincount(run, weights=is_small)[run] >= LONG_RUN
 
 
 def _stored_kinds(plan: LoadColumns, rows: I64, codes: I64) -> tuple[list[Stored], I64]:

@@ -11,6 +11,7 @@ message but one: its parent says that the rank failed.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import threading
 from collections.abc import Callable
@@ -48,6 +49,8 @@ from dcp_engine.staging.staged_pickle import dump_staged
 from dcp_engine.storage import StorageWriter
 
 __all__ = ["Parcel", "ProcessSaver"]
+
+logger = logging.getLogger(__name__)
 
 _HANDLER = "dcp_engine.async_saver.worker:make_handler"
 _SLACK = 30.0
@@ -154,11 +157,10 @@ class ProcessSaver:
         news = _News(tell, parcel.staging.bytes_total)
         timeout = job.options.deadlines.timeout
         try:
-            worker = self.start()
-            answer = self._ask(worker, request, arena, news, timeout)
+            answer = self._ask_living(request, arena, news, timeout)
             if answer.unknown_structure and isinstance(parcel.snapshot, ColumnSnapshot):
                 request.part = _part(parcel.snapshot, whole=True)
-                answer = self._ask(worker, request, arena, news, timeout)
+                answer = self._ask(self.start(), request, arena, news, timeout)
         except WorkerError as error:
             self._give_up_worker()
             record = settle_dead_worker(
@@ -182,6 +184,20 @@ class ProcessSaver:
             worker = self._worker
         if worker is not None:
             worker.close(timeout)
+
+    def _ask_living(
+        self, request: SaveRequest, arena: Arena, news: _News, timeout: float | None
+    ) -> SaveAnswer:
+        """Ask; once more if the worker was dead already. One that says nothing has not begun: its
+        first words come before its first message to other ranks."""
+        try:
+            return self._ask(self.start(), request, arena, news, timeout)
+        except WorkerError as error:
+            if news.phase or error.kind != "worker_died":
+                raise
+            logger.warning("the worker is replaced: %s", error.message)
+        self._give_up_worker()
+        return self._ask(self.start(), request, arena, news, timeout)
 
     def _ask(
         self,

@@ -167,7 +167,7 @@ def barrier_class(barrier_type: str) -> type[Barrier]:
     return known[barrier_type]
 
 
-def _registered(above: type[Barrier]) -> Iterator[type[Barrier]]:
+def _registered(above: type[Any]) -> Iterator[type[Barrier]]:
     """Registered classes in the order of their definition. The classes themselves are the
     registry: there is no list that could disagree with them."""
     for below in above.__subclasses__():

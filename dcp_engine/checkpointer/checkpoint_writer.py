@@ -51,6 +51,7 @@ class CheckpointWriter:
             ``torch.distributed``: one of type ``"tcp_store"``. A barrier of another origin is
             executed after the commit, before ``post_commit``.
         commit_hook: called around the commit.
+        registry: finds the storage backend of a path; by default what is installed.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class CheckpointWriter:
         rank_info: RankInfo,
         barrier: Barrier | None = None,
         commit_hook: WriterHook | None = None,
+        *,
+        registry: BackendRegistry | None = None,
     ) -> None:
         self._config = config
         self._rank_info = rank_info
@@ -67,7 +70,7 @@ class CheckpointWriter:
         self._sessions = WriterSessions(
             rank_info, barrier, timeout=config.write_barrier_timeout_secs
         )
-        self._registry = BackendRegistry()
+        self._registry = registry if registry is not None else BackendRegistry()
         self._plans = PlanMemory()
         self._turn: WriteTurn | None = None
         self._closed = False
@@ -75,6 +78,27 @@ class CheckpointWriter:
     def take_turn(self, turn: WriteTurn) -> None:
         """The next ``write`` is this one, on behalf of another process."""
         self._turn = turn
+
+    def give_up_turn(self, path: str | os.PathLike[str], error: BaseException) -> None:
+        """The turn that was taken does not come to a ``write``, because of ``error``: the other
+        ranks fail by it at once. Does nothing if it did come to one."""
+        turn, self._turn = self._turn, None
+        if turn is None or self._closed or self._rank_info.global_world_size == 1:
+            return
+        try:
+            with (
+                self._sessions.meet(turn) as meeting,
+                meeting.session.begin(
+                    "save",
+                    os.fspath(path),
+                    deadlines=self._deadlines(),
+                    number=meeting.number,
+                ),
+            ):
+                raise error
+        except BaseException as raised:
+            if raised is not error:
+                error.add_note(f"the other ranks could not be told: {raised}")
 
     def write(
         self, path: str | os.PathLike[str], state_dict: STATE_DICT, **kwargs: Any
@@ -139,12 +163,7 @@ class CheckpointWriter:
     ) -> None:
         storage = self._registry.writer(path)
         require_writer(storage)
-        options = SaveOptions(
-            deadlines=Deadlines(
-                timeout=self._config.write_barrier_timeout_secs,
-                stall_timeout=self._config.stall_timeout_secs,
-            )
-        )
+        options = SaveOptions(deadlines=self._deadlines())
         content = content_of(
             state, writer=storage, planner=None, group=meeting.group, options=options
         )
@@ -173,3 +192,9 @@ class CheckpointWriter:
                 options=options,
                 by_worker=turn is not None,
             )
+
+    def _deadlines(self) -> Deadlines:
+        return Deadlines(
+            timeout=self._config.write_barrier_timeout_secs,
+            stall_timeout=self._config.stall_timeout_secs,
+        )

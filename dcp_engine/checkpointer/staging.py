@@ -18,9 +18,11 @@ from dcp_engine.checkpointer.own_leaves import shared_names
 from dcp_engine.checkpointer.types import STATE_DICT
 from dcp_engine.errors import UsageError
 from dcp_engine.staging.arena import Arena
+from dcp_engine.staging.arena_stager import no_check
 from dcp_engine.staging.stagers import DefaultStager as EngineStager
 from dcp_engine.staging.stagers import StagedState, StagingOptions
 from dcp_engine.state.flatten import flatten, resolve_stateful
+from dcp_engine.storage import Check
 
 __all__ = [
     "CheckpointStager",
@@ -29,6 +31,7 @@ __all__ = [
     "Lease",
     "StagedStateDict",
     "StagingFuture",
+    "stage_now",
 ]
 
 
@@ -88,6 +91,11 @@ class Lease:
         """The memory."""
         return self._staged.staging.arena
 
+    @property
+    def completion(self) -> Future[None]:
+        """Done when the copy is whole."""
+        return self._staged.completion
+
     def hold(self) -> bool:
         """One more holder; False if the memory was given back already."""
         with self._lock:
@@ -131,6 +139,20 @@ class StagingFuture(Future[STATE_DICT]):
         self.set_running_or_notify_cancel()
 
 
+def stage_now(
+    stager: EngineStager, state_dict: Mapping[str, Any], *, background: bool, check: Check
+) -> StagedStateDict:
+    """Stage with the engine's stager; with ``background``, done when ``lease.completion`` is.
+
+    Args:
+        check: called while waiting for memory; what it raises ends the wait.
+    """
+    resolved, _ = resolve_stateful(state_dict)
+    shared = shared_names(flatten(resolved).leaves)
+    staged = stager.begin(resolved, background=background, check=check)
+    return StagedStateDict(staged.state_dict, shared=shared, lease=Lease(staged))
+
+
 class DefaultStager(CheckpointStager):
     """Stages into one piece of reused shared memory.
 
@@ -167,23 +189,20 @@ class DefaultStager(CheckpointStager):
         if self._closed:
             raise UsageError("the stager is closed", hint="make a new one")
         self._drop_last()
-        resolved, _ = resolve_stateful(state_dict)
-        shared = shared_names(flatten(resolved).leaves)
-        staged = self._stager.begin(resolved, background=self._background)
-        lease = self._last = Lease(staged)
-        result = StagedStateDict(staged.state_dict, shared=shared, lease=lease)
-        if not self._background:
-            return result
-        future = StagingFuture(lease)
+        staged = stage_now(self._stager, state_dict, background=self._background, check=no_check)
+        self._last = staged.lease
+        if staged.lease is None or not self._background:
+            return staged
+        future = StagingFuture(staged.lease)
 
         def finish(completion: Future[None]) -> None:
             error = completion.exception()
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(result)
+                future.set_result(staged)
 
-        staged.completion.add_done_callback(finish)
+        staged.lease.completion.add_done_callback(finish)
         return future
 
     def close(self) -> None:

@@ -111,7 +111,12 @@ def load_columns(
                 error.with_context(file=MANIFEST_NAME)
             raise
         plans.append(plan)
-        place = place_of(reader, manifest, session.identity.boot_id)
+        alone = operation.world_size == 1
+        place = (
+            RankPlace(host="", is_local=True)
+            if alone  # nobody to hand anything on to
+            else place_of(reader, manifest, session.identity.boot_id)
+        )
         return msgspec.msgpack.encode(_RankWord(stateful=destination.has_stateful, place=place))
 
     def conclude(messages: list[bytes]) -> Decision:

@@ -113,7 +113,7 @@ def test_a_package_that_cannot_be_imported(make: Make, tmp_path: Path) -> None:
     worker = make(ready=False, environment={"PYTHONPATH": str(tmp_path)})
     error = worker.started.exception(LIMIT)
     assert isinstance(error, WorkerError)
-    assert "import of dcp_engine halted" in str(error)
+    assert "'dcp_engine' is not a package" in str(error)
 
 
 def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,8 @@ def test_nothing_is_left(make: Make) -> None:
         return (
             len(os.listdir("/proc/self/fd")),
             threading.active_count(),
-            sorted(os.listdir("/dev/shm")),
+            # Only what torch and multiprocessing would leave: others use the place too.
+            [name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_"))],
         )
 
     before = what_there_is()

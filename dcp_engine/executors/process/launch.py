@@ -32,7 +32,8 @@ _MAX_THREADS = 4
 _BOOTSTRAP = """\
 import os, sys, _signal
 for number in {signals}: _signal.signal(number, _signal.SIG_IGN)
-os.nice({nice})
+try: os.nice({nice})
+except OSError: pass
 def take(size):
     data = b""
     while len(data) < size:

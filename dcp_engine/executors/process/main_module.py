@@ -41,7 +41,8 @@ def install(main: MainModule) -> None:
 
     In the place that any unpickler looks at, so that it works for nested pickles too.
     """
-    sys.modules["__main__"] = _MainOnDemand(main)
+    # The other name is how a parent that multiprocessing has spawned knows it.
+    sys.modules["__main__"] = sys.modules[_LOADED_AS] = _MainOnDemand(main)
 
 
 class _MainOnDemand(ModuleType):
@@ -70,22 +71,22 @@ class _MainOnDemand(ModuleType):
                 sys.modules["__main__"] = loaded
         return getattr(loaded, name)
 
+    def __repr__(self) -> str:
+        loaded = self.__dict__.get("_dcp_engine_loaded")
+        return super().__repr__() if loaded is None else repr(loaded)
+
 
 class _LoadedMain(ModuleType):
     """The parent's main module as far as it could be loaded here."""
 
-    def __getattr__(self, name: str) -> Any:
-        problem = self.__dict__.get("_dcp_engine_problems", {}).get(name)
-        where = self.__dict__.get("__file__")
-        if problem is not None:
-            raise AttributeError(
-                f"{name} of the main module {where} could not be defined in the worker process: "
-                f"{problem}; move it to a module of its own"
-            )
-        raise AttributeError(
-            f"the main module of the parent process ({where or 'which has no file'}) has no "
-            f"{name} that could be loaded here; move it to a module of its own"
-        )
+    def __repr__(self) -> str:
+        """What ``pickle`` says a name could not be found in, so here the advice belongs."""
+        file = self.__dict__.get("__file__")
+        if file is None:
+            return "<the parent's main module, which has no file: use a module>"
+        problems = self.__dict__.get("_dcp_engine_problems", {})
+        text = f"<the parent's main module {file}: what is not found may be put into another module"
+        return text + "".join(f"; {name}: {why}" for name, why in problems.items()) + ">"
 
 
 def _fill(module: _LoadedMain, main: MainModule) -> None:

@@ -38,13 +38,13 @@ class Budget:
     """How far to go."""
 
     bounds: Bounds = field(default_factory=Bounds)
-    orders: int = 5
+    orders: int = 3
     """Orders of what several ranks or savers do."""
     every: int = 3
     """Each how-manieth operation is made to fail, in the scenarios of saves that fail."""
     starts: int = 6
     """Crashed disks from which a next save is recorded and crashed again."""
-    loads: int = 300
+    loads: int = 200
     """Loads that are overtaken by a save."""
     follow_every: int = 20
     """After each how-manieth image a next save is done for real."""

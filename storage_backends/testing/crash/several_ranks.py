@@ -111,7 +111,9 @@ def coordinator_dies(budget: Budget) -> Report:
     )
     for due in _DEATHS.values():
         record = record_of(_old_of_ranks, partial(_die, due=due))
-        explorer.explore(record, interleavings(record.steps, 2, budget.seed))
+        explorer.explore(
+            record, interleavings(record.steps, max(budget.orders // 3, 1), budget.seed)
+        )
     return explorer.report()
 
 

@@ -108,7 +108,7 @@ def test_streams_of_all_kinds(tmp_path: Path) -> None:
         with open(root / "raw", "wb", buffering=0) as raw:
             raw.write(memoryview(b"raw"))
         with pytest.raises(FileExistsError):
-            open(root / "raw", "xb")
+            (root / "raw").open("xb")
         with open(root / "old", "wb"):
             pass
         shutil.rmtree(root / "nothing", ignore_errors=True)

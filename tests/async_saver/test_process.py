@@ -1,0 +1,294 @@
+"""Asynchronous saves by a worker process, of one rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcp_engine as dcp
+from tests.async_saver.gated import (
+    Boom,
+    CountingPlanner,
+    FailingWriter,
+    Gate,
+    GatedWriter,
+    UnpicklablePlanner,
+    wait_until,
+)
+from tests.async_saver.states import assert_holds, every_kind, overwrite
+
+LIMIT = 60
+PROCESS = dcp.AsyncCheckpointerType.PROCESS
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[dcp.Engine]:
+    """One worker for most tests: starting one costs seconds."""
+    made = dcp.Engine()
+    yield made
+    made.close()
+
+
+def save(engine: dcp.Engine, path: Path, value: float, **options: Any) -> dcp.AsyncSaveResponse:
+    """Save ``every_kind(value)`` and change it at once."""
+    state = every_kind(value)
+    if "storage_writer" not in options:
+        options.setdefault("checkpoint_id", path)
+    response = engine.async_save(state, async_checkpointer_type=PROCESS, **options)
+    overwrite(state)
+    return response
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def shared_memory() -> set[str]:
+    """What torch, multiprocessing or this package would leave there."""
+    return {n for n in os.listdir("/dev/shm") if n.startswith(("torch", "psm", "sem", "dcp"))}
+
+
+def test_what_happens_to_the_state_afterwards_does_not_matter(
+    engine: dcp.Engine, tmp_path: Path
+) -> None:
+    pids = set()
+    for turn in range(3):
+        metadata = save(engine, tmp_path / "c", turn).result(LIMIT)
+        assert "plain" in metadata.state_dict_metadata
+        assert_holds(tmp_path / "c", turn)
+        pids.add(engine.worker_pid)
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+
+
+def test_the_second_save_sends_no_structure(engine: dcp.Engine, tmp_path: Path) -> None:
+    engine.clear_plan_cache()
+    state = {f"layer{i}.weight": torch.full((3, 3), float(i)) for i in range(2000)}
+    for _ in range(2):
+        engine.async_save(
+            state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS
+        ).result(LIMIT)
+    assert engine._async is not None
+    assert engine._async.bytes_sent < 4096
+
+
+def test_a_failed_save_leaves_the_worker_alive(engine: dcp.Engine, tmp_path: Path) -> None:
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    pid = engine.worker_pid
+    for unpicklable in (False, True):
+        writer = FailingWriter(tmp_path / "c", unpicklable=unpicklable)
+        response = save(engine, tmp_path / "c", 2, storage_writer=writer)
+        with pytest.raises(dcp.CheckpointException) as caught:
+            response.result(LIMIT)
+        if unpicklable:
+            assert "not to be pickled" in str(caught.value)
+        else:
+            assert isinstance(caught.value.failures[0][0], Boom)
+        assert_holds(tmp_path / "c", 1)
+    save(engine, tmp_path / "c", 3).result(LIMIT)
+    assert_holds(tmp_path / "c", 3)
+    assert engine.worker_pid == pid
+
+
+@pytest.mark.parametrize("method", ["observe", "write_columns", "commit_columns"])
+def test_a_killed_worker_fails_one_save(engine: dcp.Engine, tmp_path: Path, method: str) -> None:
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    gate = Gate(tmp_path / "gate")
+    writer = GatedWriter(tmp_path / "c", gate, method)
+    response = save(engine, tmp_path / "c", 2, storage_writer=writer)
+    gate.wait_for_visitor()
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(dcp.CheckpointException) as caught:
+        response.result(LIMIT)
+    cause = caught.value.failures[0][0]
+    assert isinstance(cause, dcp.CoordinationError)
+    assert cause.kind == "worker_died"
+    assert str(pid) in str(cause)
+    assert_holds(tmp_path / "c", 1)
+    save(engine, tmp_path / "c", 3).result(LIMIT)
+    assert_holds(tmp_path / "c", 3)
+    assert engine.worker_pid != pid
+    assert len(list((tmp_path / "c").iterdir())) == 2, "the dead save's data is removed"
+
+
+def test_a_worker_killed_after_the_commit(engine: dcp.Engine, tmp_path: Path) -> None:
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    gate = Gate(tmp_path / "gate")
+    writer = GatedWriter(tmp_path / "c", gate, "commit_columns", after=True)
+    response = save(engine, tmp_path / "c", 2, storage_writer=writer)
+    gate.wait_for_visitor()
+    assert engine.worker_pid is not None
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    assert "plain" in response.result(LIMIT).state_dict_metadata, "it is committed, and known to be"
+    assert_holds(tmp_path / "c", 2)
+
+
+def test_a_worker_killed_while_idle_costs_nothing(engine: dcp.Engine, tmp_path: Path) -> None:
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: gone(pid), "the worker's end")
+    save(engine, tmp_path / "c", 2).result(LIMIT)
+    assert_holds(tmp_path / "c", 2)
+
+
+def test_a_custom_planner_lives_in_the_worker(engine: dcp.Engine, tmp_path: Path) -> None:
+    planner = CountingPlanner()
+    metadata = save(engine, tmp_path / "c", 5, planner=planner).result(LIMIT)
+    assert "plain" in metadata.state_dict_metadata
+    assert planner.plans == 0
+    assert_holds(tmp_path / "c", 5)
+
+
+def test_what_cannot_be_pickled_is_refused_at_the_call(engine: dcp.Engine, tmp_path: Path) -> None:
+    with pytest.raises(dcp.UsageError, match="lock"):
+        save(engine, tmp_path / "c", 1, planner=UnpicklablePlanner())
+    writer = GatedWriter(tmp_path / "c", Gate(tmp_path / "gate"), "never")
+    writer.gate = iter(())  # type: ignore[assignment]
+    writer.handler = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(dcp.UsageError, match="handler"):
+        save(engine, tmp_path / "c", 1, storage_writer=writer)
+    save(engine, tmp_path / "c", 2).result(LIMIT)
+    assert_holds(tmp_path / "c", 2)
+
+
+def test_memory_of_this_process_is_refused(engine: dcp.Engine) -> None:
+    with pytest.raises(dcp.CheckpointError, match="one process only"):
+        save(engine, Path("-"), 1, checkpoint_id="memory://here").result(LIMIT)
+
+
+def test_background_staging(engine: dcp.Engine, tmp_path: Path) -> None:
+    state = every_kind(9)
+    response = engine.async_save(
+        state,
+        checkpoint_id=tmp_path / "c",
+        async_checkpointer_type=PROCESS,
+        background_staging=True,
+    )
+    engine.wait_for_staging(LIMIT)
+    overwrite(state)
+    response.result(LIMIT)
+    assert_holds(tmp_path / "c", 9)
+
+
+class Cloner(dcp.AsyncStager):
+    """A stager of another origin."""
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state_dict.items()}
+
+
+def test_a_custom_stager(engine: dcp.Engine, tmp_path: Path) -> None:
+    state = {"w": torch.ones(5), "step": 3}
+    response = engine.async_save(
+        state,
+        checkpoint_id=tmp_path / "c",
+        async_checkpointer_type=PROCESS,
+        async_stager=Cloner(),
+    )
+    state["w"].zero_()
+    response.result(LIMIT)
+    into = {"w": torch.zeros(5), "step": 0}
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert into["w"].tolist() == [1] * 5
+
+
+def test_without_collectives(engine: dcp.Engine, tmp_path: Path) -> None:
+    save(engine, tmp_path / "c", 8, use_collectives=False).result(LIMIT)
+    assert_holds(tmp_path / "c", 8)
+
+
+def test_warmup_starts_the_worker_and_touches_the_memory(tmp_path: Path) -> None:
+    state = {"w": torch.ones(4 << 20)}
+    with dcp.Engine() as engine:
+        engine.warmup(state)
+        pid = engine.worker_pid
+        assert pid is not None
+        assert engine._async is not None
+        assert engine._async._stager.arenas.present() >= 16 << 20
+        engine.async_save(
+            state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS
+        ).result(LIMIT)
+        assert engine.worker_pid == pid
+    assert gone(pid)
+
+
+SCRIPT = """
+import os, sys, torch
+import dcp_engine as dcp
+
+class MyPlanner(dcp.DefaultSavePlanner):
+    def create_local_plan(self):
+        return super().create_local_plan()
+
+engine = dcp.default_engine()
+for turn in range(2):
+    response = dcp.async_save(
+        {"w": torch.full((1000, 1000), float(turn))},
+        checkpoint_id=sys.argv[1],
+        async_checkpointer_type=dcp.AsyncCheckpointerType.PROCESS,
+        planner=MyPlanner(),
+    )
+if sys.argv[2] == "kill":
+    response.result()
+    print(engine.worker_pid, flush=True)
+    os.kill(os.getpid(), 9)
+print(engine.worker_pid, flush=True)
+"""
+
+
+THREADS = """
+import sys, torch
+import dcp_engine as dcp
+
+for turn in range(2):
+    dcp.async_save(
+        {f"w{i}": torch.full((1000, 1000), float(turn)) for i in range(20)},
+        storage_writer=dcp.FileSystemWriter(sys.argv[1], thread_count=4),
+    )
+"""
+
+
+def test_the_end_of_the_program_waits_for_threads(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", THREADS, str(tmp_path / "c")], check=True, timeout=120)
+    into = {f"w{i}": torch.zeros(1000, 1000) for i in range(20)}
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert all(w.unique().tolist() == [1] for w in into.values())
+
+
+@pytest.mark.parametrize("ending", ["exit", "kill"])
+def test_the_end_of_the_program(tmp_path: Path, ending: str) -> None:
+    """Without a main guard: pending saves are drained, the worker ends with its parent, killed or
+    not, and its memory with it."""
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    before = shared_memory()
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "c"), ending],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == (0 if ending == "exit" else -signal.SIGKILL), ended.stderr
+    pid = int(ended.stdout.split()[-1])
+    wait_until(lambda: gone(pid), "the worker's end")
+    assert "Error" not in ended.stderr
+    into = {"w": torch.zeros(1000, 1000)}
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert into["w"].unique().tolist() == [1]
+    assert shared_memory() <= before
