@@ -29,6 +29,9 @@ _DENIED = re.compile(
 )
 _FULL = re.compile(r"QuotaExceeded|InsufficientStorage|XMinioStorageFull|No space left")
 
+LONGEST_REASON = 500
+"""Characters of what a library says; some print the whole request."""
+
 
 def translated(
     error: BaseException, action: str, *, secrets: Secrets, checkpoint: str, file: str
@@ -36,6 +39,8 @@ def translated(
     """The engine's error for ``error``, met while doing ``action``."""
     kind = _kind(error)
     text = secrets.scrub(f"{error}".strip()) or "no reason was given"
+    if len(text) > LONGEST_REASON:
+        text = f"{text[:LONGEST_REASON]}..."
     made = StorageError(
         f"could not {action}: {text} ({type(error).__name__})",
         kind=kind,

@@ -45,9 +45,7 @@ def put_object(fs: Any, path: str, data: bytes, *, if_absent: bool) -> None:
         if fs.store.setdefault(path, made) is not made:
             raise FileExistsError(path)
     elif module == "obstore.fsspec":
-        # Its fsspec face forgets the mode.
-        bucket, key = fs._split_path(path)
-        fs._construct_store(bucket).put(key, data, mode="create")
+        _create_by_obstore(fs, path, data)
     else:
         fs.pipe_file(path, data, mode="create")
 
@@ -63,6 +61,17 @@ def put_s3_object(fs: Any, path: str, data: bytes, *, if_absent: bool = False) -
         # s3fs translates the answer of AWS, but not that of other services.
         codes = {service_code(each) for each in causes(error)}
         if if_absent and codes & {"PreconditionFailed", "412"}:
+            raise FileExistsError(path) from error
+        raise
+
+
+def _create_by_obstore(fs: Any, path: str, data: bytes) -> None:
+    """Past its fsspec face, which forgets the mode."""
+    bucket, key = fs._split_path(path)
+    try:
+        fs._construct_store(bucket).put(key, data, mode="create")
+    except Exception as error:
+        if type(error).__name__ == "AlreadyExistsError":
             raise FileExistsError(path) from error
         raise
 

@@ -10,25 +10,23 @@ import os
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from dcp_engine.checkpointer.errors import CheckpointNotFoundError, LoadMismatchError
 from dcp_engine.checkpointer.map_location import Placement
-from dcp_engine.checkpointer.requests import Request, compare, fill, request_all, request_some
+from dcp_engine.checkpointer.requests import fill, request_all, request_some
+from dcp_engine.checkpointer.stored_tree import stored_tree
 from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
 from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.single import SingleSession
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import (
-    CheckpointError,
     CheckpointException,
     ConflictError,
     NotFoundError,
+    StateMismatchError,
     StorageError,
     UsageError,
 )
-from dcp_engine.format.manifest import Manifest
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.loader.options import PerRankPolicy
 from dcp_engine.native_storage import ColumnarReader
@@ -39,7 +37,8 @@ __all__ = ["CheckpointNotFoundError", "CheckpointReader", "LoadMismatchError"]
 
 _ATTEMPTS = 3
 """How often to begin again when the checkpoint is replaced meanwhile."""
-_OPTIONS = ("per_rank", "allow_pickle")
+_OPTIONS: dict[str, Any] = {"per_rank": "error", "allow_pickle": False}
+_PER_RANK: tuple[PerRankPolicy, ...] = ("error", "skip", "list")
 
 
 class CheckpointReader:
@@ -120,36 +119,84 @@ class CheckpointReader:
         options: LoadOptions,
     ) -> tuple[STATE_DICT, list[str]]:
         reader = self._columnar(path)
-        rank = self._rank_info.global_rank
+        rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
         with located(checkpoint=path, rank=rank):
             try:
                 manifest, record = reader.open_checkpoint(path)
-                request = self._request(manifest, state_dict, placement)
+                tree = stored_tree(manifest, rank, world_size)
+                request = (
+                    request_all(tree, placement.device)
+                    if state_dict is None
+                    else request_some(tree, state_dict, placement.device)
+                )
             except NotFoundError as error:
                 raise CheckpointNotFoundError.of(error) from error
             finally:
                 reader.close_checkpoint()
-        destination = dict(request.destination)
-        report = self._load(path, reader, destination, options)
-        if report.save_id != record.save_id:
-            raise ConflictError(
-                "the checkpoint was replaced while it was read", kind="superseded", checkpoint=path
-            )
-        skipped = {name for name in request.destination if destination[name] is request.unset}
-        values = {
-            name: placement.moved(value) if name in request.fresh else value
-            for name, value in destination.items()
-            if name not in skipped
-        }
-        with located(checkpoint=path, rank=rank):
-            compare(request, values)
-        missing = [*request.missing, *report.missing]
-        return fill(request, values, state_dict), missing
+            destination = dict(request.destination)
+            report = _load(path, reader, destination, options)
+            if report.save_id != record.save_id:
+                raise ConflictError(
+                    "the checkpoint was replaced while it was read", kind="superseded"
+                )
+            values = {
+                name: placement.moved(value) if name in request.fresh else value
+                for name, value in destination.items()
+                if name not in report.skipped
+            }
+            return fill(request, values), [*request.missing, *report.missing]
 
-    def _request(
-        self, manifest: Manifest, state_dict: STATE_DICT | None, placement: Placement
-    ) -> Request:
-        rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
-        if state_dict is None:
-            return request_all(manifest, rank, world_size, placement.device)
-        return request_some(manifest, state_dict, rank, world_size, placement.device)
+    def _columnar(self, path: str) -> ColumnarReader:
+        reader = self._registry.reader(path)
+        if not isinstance(reader, ColumnarReader):
+            raise StorageError(
+                f"{type(reader).__name__} does not read dcp_engine's format",
+                kind="unsupported_storage",
+                checkpoint=path,
+                hint="load it with dcp_engine.load",
+            )
+        return reader
+
+
+def _load(
+    path: str, reader: ColumnarReader, destination: dict[str, Any], options: LoadOptions
+) -> LoadReport:
+    try:
+        return load(
+            SingleSession(run_identity("")),
+            destination,
+            checkpoint_id=path,
+            reader=reader,
+            planner=DefaultLoadPlanner(allow_partial_load=True),
+            group=GroupRanks(),
+            options=options,
+        )
+    except CheckpointException as error:
+        cause = next((failure for failure, _ in error.failures.values()), None)
+        if isinstance(cause, StateMismatchError):
+            raise LoadMismatchError.of(cause) from error
+        if isinstance(cause, NotFoundError):
+            raise CheckpointNotFoundError.of(cause) from error
+        raise
+
+
+def _read_options(kwargs: dict[str, Any], rank_info: RankInfo) -> LoadOptions:
+    unknown = sorted(kwargs.keys() - _OPTIONS.keys())
+    if unknown:
+        raise UsageError(
+            f"a read has no options {', '.join(unknown)}",
+            hint=f"its options are {', '.join(_OPTIONS)}",
+        )
+    given = {**_OPTIONS, **kwargs}
+    if given["per_rank"] not in _PER_RANK:
+        raise UsageError(
+            f"per_rank is {given['per_rank']!r}",
+            hint=f"it is one of {', '.join(map(repr, _PER_RANK))}",
+        )
+    return LoadOptions(
+        per_rank=given["per_rank"],
+        allow_pickle=bool(given["allow_pickle"]),
+        # What other ranks need does not matter here.
+        shared_reads="direct",
+        as_rank=(rank_info.global_rank, rank_info.global_world_size),
+    )

@@ -34,9 +34,7 @@ def agreeing_names(
     against whoever forges a checkpoint (who could as well forge the values).
     """
     open_questions = {
-        name: places
-        for name in names
-        if (places := _places_if_alike(manifest, name)) is not None
+        name: places for name in names if (places := _places_if_alike(manifest, name)) is not None
     }
     agreed = {name for name, places in open_questions.items() if not places[0]}
     for name in agreed:

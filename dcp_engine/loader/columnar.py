@@ -52,6 +52,7 @@ class _RankPlan:
     materialized: tuple[tuple[Path, torch.Tensor], ...]
     """Memory for tensors of the destination that had none, to be put in place of them."""
     missing: tuple[str, ...]
+    skipped: tuple[str, ...]
     unexpected: tuple[str, ...]
 
 
@@ -174,6 +175,7 @@ def load_columns(
     return LoadReport(
         save_id=agreed.record.save_id,
         missing=plan_.missing,
+        skipped=plan_.skipped,
         unexpected=plan_.unexpected,
         bytes_read=msgspec.msgpack.decode(common, type=int),
     )
@@ -248,7 +250,16 @@ def _plan(
         )
         for request in requests
     ]
-    stored = {*manifest.objects, *manifest.per_rank_objects}
+    unanswered = [
+        request.value.fqn
+        for request, wanted in zip(requests, chosen, strict=True)
+        if wanted is None
+    ]
+    skipped = {
+        name
+        for name in unanswered
+        if name in manifest.per_rank_objects and world_size != manifest.world_size
+    }
     return _RankPlan(
         manifest=manifest,
         source=source,
@@ -257,8 +268,9 @@ def _plan(
         materialized=tuple(materialized),
         missing=(
             *source.missing,
-            *(r.value.fqn for r in requests if r.value.fqn not in stored),
+            *(name for name in unanswered if name not in skipped),
         ),
+        skipped=(*source.skipped, *(name for name in unanswered if name in skipped)),
         unexpected=unexpected_keys(manifest, names),
     )
 

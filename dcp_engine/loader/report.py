@@ -15,6 +15,9 @@ class LoadReport:
     """Which save was read (None where a reader of another origin does not say)."""
     missing: tuple[str, ...] = ()
     """Keys of the state dict that the checkpoint does not hold (partial loads only)."""
+    skipped: tuple[str, ...] = ()
+    """Keys of values of their own that another number of ranks saved, and that were left as they
+    are (``per_rank="skip"``)."""
     unexpected: tuple[str, ...] = ()
     """Keys of the checkpoint that the state dict did not ask for."""
     bytes_read: int | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -97,6 +98,18 @@ class Child(NamedTuple):
         """SIGKILL, whether it still runs or not."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+
+    def stacks(self) -> str:
+        """Where it is, if it still runs; and all that it wrote."""
+        if not self.ended:
+            signal.pidfd_send_signal(self.handle, signal.SIGUSR1)
+            deadline = time.monotonic() + 2.0
+            while time.monotonic() < deadline and "most recent call" not in self._output():
+                select.select([self.handle], [], [], 0.05)
+        return self._output()[-6000:]
+
+    def _output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def close(self) -> None:
         self.kill()
@@ -191,6 +204,7 @@ def _live(request: list[Any]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     # Open from the begin: what is said when descriptors are exhausted must be heard.
     pipe = os.open(fifo, os.O_WRONLY)
 

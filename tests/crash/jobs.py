@@ -84,9 +84,11 @@ def save_for_ever(
     path: str,
     first: float,
     count: int,
+    timeout: float,
 ) -> None:
     """Save ``first``, ``first + 1`` ... to one place, and say so before and after each; until
-    somebody ends it, or ``count`` are done."""
+    somebody ends it, or ``count`` are done. ``timeout`` is for each save: a rank that is dead
+    before a save begins cannot be told from one that is late."""
     with joined(rank, world_size, port, prefix):
         mesh = init_device_mesh("cpu", (world_size,))
         say("ready", rank, os.getpid())
@@ -95,7 +97,7 @@ def save_for_ever(
             say("begins", rank, value)
             try:
                 dcp.save(
-                    state(value, mesh), checkpoint_id=path, timeout=30.0, stall_timeout=1.5
+                    state(value, mesh), checkpoint_id=path, timeout=timeout, stall_timeout=1.5
                 )
             except dcp.CheckpointException as error:
                 say("failed", rank, value, error.kind)

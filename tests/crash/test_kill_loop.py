@@ -37,7 +37,7 @@ class KilledJob:
         self.outcomes: Counter[str] = Counter()
         self.saves = 0
 
-    def _start(self, words: Words, count: int) -> list[Child]:
+    def _start(self, words: Words, count: int, timeout: float) -> list[Child]:
         self._round += 1
         first = 0.0 if self.committed is None else self.committed + 1
         return [
@@ -51,6 +51,7 @@ class KilledJob:
                 str(self.path),
                 first,
                 count,
+                timeout,
             )
             for rank in range(RANKS)
         ]
@@ -58,13 +59,14 @@ class KilledJob:
     def round(self) -> None:
         """Start, kill, look."""
         words = Words(self._directory / f"words{self._round}")
-        children = self._start(words, 10_000)
+        children = self._start(words, 10_000, 5.0)
         try:
             self._kill(words, children)
             ended = words.listen(
                 lambda: all(child.ended for child in children), 20.0, children=children
             )
-            assert ended, "a survivor neither raised nor returned"
+            stacks = "" if ended else "\n".join(child.stacks() for child in children)
+            assert ended, f"a survivor neither raised nor returned: {words.heard}\n{stacks}"
             words.listen(lambda: False, 0.0)
             self._look(words.heard)
         finally:
@@ -117,7 +119,7 @@ class KilledJob:
     def undisturbed(self) -> None:
         """A job that nobody kills: it saves, and clears away what the others left."""
         words = Words(self._directory / "words")
-        children = self._start(words, 2)
+        children = self._start(words, 2, 60.0)
         ended = words.listen(
             lambda: all(child.ended for child in children), 60.0, children=children
         )

@@ -125,7 +125,9 @@ def test_what_all_ranks_agree_on_is_read_as_replicated(
     for state, report in checkpoint.load(blank, loaders, policy):
         for name, value in same_everywhere(0).items():
             found = state[name]
-            equal = torch.equal(found, value) if name in ("w", "empty", "scalar") else found == value
+            equal = (
+                torch.equal(found, value) if name in ("w", "empty", "scalar") else found == value
+            )
             assert equal, (name, found)
         assert report.missing == report.unexpected == ()
 

@@ -26,14 +26,11 @@ _MAX_THREADS = 4
 
 # Before anything of the package can be imported, sys.path has to be the parent's, which comes as
 # the first frame (see ``channel``). Signals are set first: one that is meant for the job must not
-# meet a worker that is not yet prepared for it. Then it is polite: to import torch takes seconds of
-# a processor. What goes wrong here goes back as a frame without
+# meet a worker that is not yet prepared for it. What goes wrong here goes back as a frame without
 # a message, and the traceback as its body.
 _BOOTSTRAP = """\
 import os, sys, _signal
 for number in {signals}: _signal.signal(number, _signal.SIG_IGN)
-try: os.nice({nice})
-except OSError: pass
 def take(size):
     data = b""
     while len(data) < size:
@@ -72,7 +69,7 @@ def launch(settings: WorkerSettings, child_end: socket.socket) -> subprocess.Pop
     """
     fd = child_end.fileno()
     signals = tuple(int(number) for number in _IGNORED)
-    code = _BOOTSTRAP.format(fd=fd, signals=signals, nice=max(settings.nice, 0))
+    code = _BOOTSTRAP.format(fd=fd, signals=signals)
     executable = os.fsdecode(spawn.get_executable() or sys.executable)
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return subprocess.Popen(

@@ -13,7 +13,7 @@ import platform
 import select
 from pathlib import Path
 
-__all__ = ["lower_io_priority", "name_process", "process_descriptor", "wait_for_end"]
+__all__ = ["be_polite", "name_process", "process_descriptor", "wait_for_end"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,14 @@ _LOWEST_PRIORITY = (2 << 13) | 7
 _LOOK_S = 0.5
 
 
-def lower_io_priority() -> None:
-    """Read and write after everybody else, or almost. Call it before any thread is started: on
-    Linux it holds for the calling thread and those that it starts."""
-    if not (_set_io_priority(_IDLE_CLASS) or _set_io_priority(_LOWEST_PRIORITY)):
+def be_polite(nice: int, idle_io: bool) -> None:
+    """Give way to the parent on processors and, if asked, on disks. On Linux this holds for the
+    calling thread and those that it starts from now on."""
+    try:
+        os.nice(nice)
+    except OSError as error:
+        logger.debug("the worker keeps its nice value: %s", error)
+    if idle_io and not (_set_io_priority(_IDLE_CLASS) or _set_io_priority(_LOWEST_PRIORITY)):
         logger.debug("the worker keeps its priority for input and output")
 
 

@@ -292,6 +292,7 @@ class WorkerProcess:
             name=settings.name,
             rank=settings.rank,
             parent_pid=self._owner,
+            nice=settings.nice,
             idle_io=settings.idle_io,
             argv=list(sys.argv),
             main=main_module(),

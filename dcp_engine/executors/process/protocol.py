@@ -44,6 +44,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
     rank: int
     parent_pid: int
+    nice: int
     idle_io: bool
     argv: list[str]
     main: MainModule

@@ -33,7 +33,7 @@ from dcp_engine.executors.process.handler import (
 )
 from dcp_engine.executors.process.main_module import install
 from dcp_engine.executors.process.manners import (
-    lower_io_priority,
+    be_polite,
     name_process,
     process_descriptor,
     wait_for_end,
@@ -67,8 +67,6 @@ def main(fd: int) -> NoReturn:
     start = decode_to_worker(frame.message)
     if not isinstance(start, Start):
         os._exit(1)
-    if start.idle_io:
-        lower_io_priority()
     name_process(start.name)
     faulthandler.enable()
     requests = _listen(channel, start.parent_pid)
@@ -78,6 +76,9 @@ def main(fd: int) -> NoReturn:
         text = traceback.format_exc().encode("utf-8", "replace")
         _send(channel, encode(StartFailed()), text)
         _exit(1)
+    # Not before: importing torch takes seconds of a processor, and with a tenth of one the worker
+    # would not be up in time.
+    be_polite(start.nice, start.idle_io)
     # What is there now stays for good: a collection need not look at it. Later ones are made
     # while nobody waits for an answer.
     gc.collect()

@@ -1,0 +1,79 @@
+"""What a checkpoint holds for one rank, nested as it was saved.
+
+Belongs here: reading a manifest as a tree. Does not belong here: what somebody asks for
+(``requests``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dcp_engine.format.manifest import Manifest, StoredTensor
+from dcp_engine.state.adapters import FLATTEN_KEY
+
+__all__ = ["StoredBranch", "StoredLeaf", "StoredNode", "stored_tree"]
+
+Key = str | int
+ContainerKind = Literal["dict", "list", "tuple"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLeaf:
+    """A value. ``tensor`` is one rank's where there is one of each (the first rank's that there
+    is, where this rank had no part in the saving), and None for an object."""
+
+    name: str
+    tensor: StoredTensor | None
+
+
+@dataclass(kw_only=True)
+class StoredBranch:
+    """A container."""
+
+    kind: str
+    children: dict[Key, StoredNode] = field(default_factory=dict)
+    """For lists and tuples by position; some positions may belong to other ranks."""
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether these are the parts of a tensor subclass."""
+        return FLATTEN_KEY in self.children
+
+
+StoredNode = StoredLeaf | StoredBranch
+
+
+def stored_tree(manifest: Manifest, rank: int, world_size: int) -> StoredBranch:
+    """All values that ``rank`` has a part in; of another number of ranks, all that there are."""
+    root = StoredBranch(kind="dict")
+    containers = manifest.nesting.containers()
+    for name, path in manifest.nesting.paths().items():
+        leaf = _leaf(manifest, name, rank, world_size)
+        if leaf is None:
+            continue
+        branch = root
+        for depth in range(1, len(path)):
+            below = branch.children.get(path[depth - 1])
+            if not isinstance(below, StoredBranch):
+                below = StoredBranch(kind=containers.get(path[:depth], "dict"))
+                branch.children[path[depth - 1]] = below
+            branch = below
+        branch.children[path[-1]] = leaf
+    return root
+
+
+def _leaf(manifest: Manifest, name: str, rank: int, world_size: int) -> StoredLeaf | None:
+    if name in manifest.tensors:
+        return StoredLeaf(name=name, tensor=manifest.tensors[name])
+    if name in manifest.objects:
+        return StoredLeaf(name=name, tensor=None)
+    same = world_size == manifest.world_size
+    tensors = manifest.per_rank_tensors.get(name)
+    if tensors:
+        owner = rank if same else min(tensors)
+        return StoredLeaf(name=name, tensor=tensors[owner]) if owner in tensors else None
+    objects = manifest.per_rank_objects.get(name)
+    if objects and (not same or rank in objects):
+        return StoredLeaf(name=name, tensor=None)
+    return None

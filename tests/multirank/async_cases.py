@@ -1,0 +1,203 @@
+"""What ranks do in the tests of asynchronous saves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
+
+import dcp_engine as dcp
+from tests.async_saver.gated import FailingWriter, Gate, GatedWriter
+from tests.multirank import states
+
+LIMIT = 40
+KINDS = {kind.value: kind for kind in dcp.AsyncCheckpointerType}
+
+
+def content(value: float) -> dict[str, Any]:
+    """Sharded, replicated and plain tensors, objects."""
+    mesh, _ = states.meshes(dist.get_world_size())
+    return {
+        "sharded": distribute_tensor(
+            torch.full((64, 50), value), mesh, [torch.distributed.tensor.Shard(0)]
+        ),
+        "replicated": distribute_tensor(torch.full((300,), value), mesh),
+        "plain": torch.full((7,), value),
+        "own": dcp.PerRank(torch.full((3,), value + dist.get_rank())),
+        "step": value,
+    }
+
+
+def loaded(path: str) -> dict[str, Any]:
+    """What is stored there, as this rank sees it."""
+    state = content(-5.0)
+    state["own"] = dcp.PerRank(torch.zeros(3))
+    dcp.load(state, checkpoint_id=path)
+    return {
+        "sharded": state["sharded"].full_tensor().unique().tolist(),
+        "replicated": state["replicated"].full_tensor().unique().tolist(),
+        "plain": state["plain"].unique().tolist(),
+        "own": (state["own"].value - dist.get_rank()).unique().tolist(),
+        "step": state["step"],
+    }
+
+
+def holds(path: str, value: float) -> bool:
+    """Whether the whole checkpoint has this value."""
+    found = loaded(path)
+    return found == {
+        "sharded": [value],
+        "replicated": [value],
+        "plain": [value],
+        "own": [value],
+        "step": value,
+    }
+
+
+def spoil(state: dict[str, Any]) -> None:
+    """Change all tensors at once."""
+    with torch.no_grad():
+        for value in state.values():
+            tensor = value.value if isinstance(value, dcp.PerRank) else value
+            if isinstance(tensor, torch.Tensor):
+                tensor.zero_()
+
+
+def save(
+    engine: dcp.Engine, kind: str, path: str, value: float, **options: Any
+) -> dcp.AsyncSaveResponse:
+    """Begin a save, and change the state at once."""
+    state = content(value)
+    options.setdefault("timeout", LIMIT)
+    if "storage_writer" not in options:
+        options["checkpoint_id"] = path
+    response = engine.async_save(state, async_checkpointer_type=KINDS[kind], **options)
+    spoil(state)
+    return response
+
+
+def outcome(response: dcp.AsyncSaveResponse) -> dict[str, Any]:
+    """How it ended, and how long that took."""
+    begin = time.monotonic()
+    try:
+        response.result(LIMIT)
+    except dcp.CheckpointException as error:
+        return {
+            "failed": sorted(error.failures),
+            "kind": error.kind,
+            "text": str(error),
+            "seconds": time.monotonic() - begin,
+        }
+    return {"failed": [], "kind": None}
+
+
+def save_in_turn(path: str, kind: str) -> dict[str, Any]:
+    """Three saves, each changed at once; then one rank fails; then one cannot begin."""
+    rank, found = dist.get_rank(), {}
+    with dcp.Engine() as engine:
+        for turn in range(3):
+            save(engine, kind, path, float(turn)).result(LIMIT)
+            found[f"turn {turn}"] = holds(path, float(turn))
+        failing = FailingWriter(path, unpicklable=True) if rank == 1 else dcp.FileSystemWriter(path)
+        found["failing"] = outcome(save(engine, kind, path, 7.0, storage_writer=failing))
+        found["old"] = holds(path, 2.0)
+        try:
+            state = content(8.0)
+            if rank == 1:
+                state["bad"] = object.__new__(type("Local", (), {}))
+            response = engine.async_save(
+                state, checkpoint_id=path, async_checkpointer_type=KINDS[kind], timeout=LIMIT
+            )
+        except dcp.UnsupportedStateError as error:
+            found["at the call"] = {"text": str(error)}
+        else:
+            found["at the call"] = outcome(response)
+        save(engine, kind, path, 9.0).result(LIMIT)
+        found["new"] = holds(path, 9.0)
+        found["worker"] = engine.worker_pid not in (None, os.getpid())
+    return found
+
+
+class AskingPlanner(dcp.DefaultSavePlanner):
+    """Leaves word of the process group it finds where it runs."""
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        note = f"{os.getpid()} {dist.get_backend()} {dist.get_rank()} {int(total)}"
+        (self.notes / f"{dist.get_rank()}").write_text(note)
+        return super().create_local_plan()
+
+
+def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
+    """Kill a rank's worker in a method, for several; after each the next save works."""
+    rank = dist.get_rank()
+    found = []
+    with dcp.Engine() as engine:
+        save(engine, "process", path, 0.0).result(LIMIT)
+        for number, (victim, method) in enumerate(
+            [(1, "begin_save"), (1, "write_columns"), (0, "write_columns"), (0, "commit_columns")]
+        ):
+            value = float(number)
+            gate = Gate(Path(gates) / f"{number}-{rank}")
+            writer: dcp.StorageWriter = dcp.FileSystemWriter(path)
+            if rank == victim:
+                writer = GatedWriter(path, gate, method)
+            response = save(engine, "process", path, 99.0, storage_writer=writer)
+            if rank == victim:
+                gate.wait_for_visitor()
+                assert engine.worker_pid is not None
+                os.kill(engine.worker_pid, signal.SIGKILL)
+            killed = outcome(response)
+            before = holds(path, value)
+            save(engine, "process", path, value + 1).result(LIMIT)
+            after = holds(path, value + 1)
+            found.append({"victim": victim, **killed, "before": before, "after": after})
+        planner = AskingPlanner(Path(gates))
+        state = content(50.0)
+        del state["own"]  # no planner but the engine's own knows of PerRank
+        engine.async_save(
+            state,
+            checkpoint_id=f"{path}-planned",
+            planner=planner,
+            async_checkpointer_type=KINDS["process"],
+            timeout=LIMIT,
+        ).result(LIMIT)
+        into = content(0.0)
+        del into["own"]
+        dcp.load(into, checkpoint_id=f"{path}-planned")
+        planned = into["sharded"].full_tensor().unique().tolist() == [50.0]
+        found.append({"planner": planned, "pid": engine.worker_pid})
+    return found
+
+
+def save_in_two_groups(path: str) -> dict[str, bool]:
+    """An engine of all ranks and one of each rank alone, at once, beside collectives."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    with dcp.Engine() as together, dcp.Engine(groups[rank]) as alone:
+        first = save(together, "thread", f"{path}/all", 1.0)
+        second = alone.async_save(
+            {"w": torch.full((9,), float(rank))}, checkpoint_id=f"{path}/{rank}"
+        )
+        total = torch.ones(1)
+        for _ in range(20):
+            dist.all_reduce(total)
+        first.result(LIMIT)
+        second.result(LIMIT)
+    into = {"w": torch.zeros(9)}
+    dcp.load(into, checkpoint_id=f"{path}/{rank}", no_dist=True)
+    return {
+        "all": holds(f"{path}/all", 1.0),
+        "own": into["w"].tolist() == [float(rank)] * 9,
+    }

@@ -1,0 +1,52 @@
+"""Asynchronous saves on two ranks: whole or not at all, and the next one works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multirank import async_cases
+
+pytestmark = pytest.mark.multirank
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_saves_and_failures_in_turn(ranks: Any, tmp_path: Path, kind: str) -> None:
+    found = ranks.run(2, async_cases.save_in_turn, str(tmp_path / "c"), kind, timeout=150)
+    for rank in (0, 1):
+        assert found[rank]["turn 0"]
+        assert found[rank]["turn 1"]
+        assert found[rank]["turn 2"]
+        assert found[rank]["failing"]["failed"] == [1]
+        assert "not to be pickled" in found[rank]["failing"]["text"]
+        assert found[rank]["old"]
+        assert "bad" in found[rank]["at the call"]["text"]
+        assert found[rank]["new"]
+        assert found[rank]["worker"] is (kind == "process")
+    assert found[0]["at the call"]["failed"] == [1]
+    assert "failed" not in found[1]["at the call"], "the rank itself is told at the call"
+
+
+def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    both = ranks.run(2, async_cases.kill_workers, str(tmp_path / "c"), str(gates), timeout=200)
+    for found in both:
+        *killed, last = found
+        for case in killed:
+            assert case["failed"] == [case["victim"]], case
+            assert "SIGKILL" in case["text"], case
+            assert case["before"], case
+            assert case["after"], case
+        assert last["planner"]
+    for rank, found in enumerate(both):
+        pid, backend, seen, world_size = (gates / str(rank)).read_text().split()
+        assert int(pid) == found[-1]["pid"], "the planner ran in the worker"
+        assert (backend, int(seen), int(world_size)) == ("gloo", rank, 2)
+
+
+def test_two_groups_at_once(ranks: Any, tmp_path: Path) -> None:
+    for found in ranks.run(2, async_cases.save_in_two_groups, str(tmp_path), timeout=60):
+        assert found == {"all": True, "own": True}
