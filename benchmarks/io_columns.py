@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as torch_dcp  # noqa: TID251
 
 import dcp_engine
 from benchmarks.io_state import tensors_of
+from dcp_engine.loader.options import SharedReads
 
 __all__ = [
     "Dcp",
@@ -63,12 +64,23 @@ def drop_cache(path: str) -> None:
 
 
 class Ours:
-    """``dcp_engine.save`` and ``load``."""
+    """``dcp_engine.save`` and ``load``.
 
-    def __init__(self, *, fsync: bool = True, verify: bool = True, name: str = "ours") -> None:
+    ``bytes_read`` is what the last load says that all ranks read together.
+    """
+
+    def __init__(
+        self,
+        *,
+        fsync: bool = True,
+        verify: bool = True,
+        shared_reads: SharedReads = "auto",
+        name: str = "ours",
+    ) -> None:
         self.name = name
         self._fsync = fsync
         self._verify = verify
+        self.shared_reads = shared_reads
         self.bytes_read: int | None = None
 
     def save(self, state: dict[str, Any], path: str) -> None:
@@ -77,7 +89,8 @@ class Ours:
 
     def load(self, state: dict[str, Any], path: str) -> None:
         reader = dcp_engine.FileSystemReader(path, verify_digests=self._verify)
-        self.bytes_read = dcp_engine.load(state, storage_reader=reader).bytes_read
+        report = dcp_engine.load(state, storage_reader=reader, shared_reads=self.shared_reads)
+        self.bytes_read = report.bytes_read
 
 
 class Raw:

@@ -26,20 +26,23 @@ class Target:
     text: str
     measured: float
     limit: float
-    unit: str
+    unit: str = ""
+    at_least: bool = False
+    """``limit`` is the least; else it is the most."""
 
     @property
     def passed(self) -> bool:
         """Whether the promise was kept."""
+        if self.at_least:
+            return self.measured >= self.limit
         return self.measured <= self.limit
 
     def line(self) -> str:
-        """``pass  first plan at 1,024 ranks: 0.7 s (at most 1 s)``."""
-        verdict = "pass" if self.passed else "MISS"
-        return (
-            f"{verdict}  {self.text}: {number(self.measured)} {self.unit} "
-            f"(at most {number(self.limit)} {self.unit})".replace("  (", " (")
-        )
+        """``pass    first plan at 1,024 ranks: 0.7 s (at most 1 s)``."""
+        verdict = "pass" if self.passed else "missed"
+        bound = "at least" if self.at_least else "at most"
+        measured, limit = (f"{number(v)} {self.unit}".strip() for v in (self.measured, self.limit))
+        return f"{verdict:6}  {self.text}: {measured} ({bound} {limit})"
 
 
 def number(value: float | None) -> str:

@@ -54,6 +54,8 @@ class SaveTicket:
     """Leave the data of the checkpoint that this one replaces, for ``prune``."""
     by_worker: bool = False
     """Another process than the one that asked for the save writes it."""
+    beside_training: bool = False
+    """Training goes on in the process that writes: take one thread, not all processors."""
 
 
 class FileReport(msgspec.Struct, frozen=True, array_like=True):
@@ -192,8 +194,14 @@ class ColumnarWriter(StorageWriter):
 
 
 class ColumnarReader(StorageReader):
-    """Order of calls: ``open_checkpoint`` (or ``adopt_manifest``), ``read_columns`` and
-    ``read_object`` any number of times, ``close_checkpoint``."""
+    """Order of calls: ``expect_ranks``, ``open_checkpoint`` (or ``adopt_manifest``),
+    ``read_columns`` and ``read_object`` any number of times, ``close_checkpoint``."""
+
+    def expect_ranks(self, world_size: int) -> None:
+        """How many ranks the next loads are of, in either face; 1 until somebody says so. A reader
+        whose medium is seen by one process only refuses to open it for several
+        (``unsupported_storage``)."""
+        return None
 
     @property
     @abc.abstractmethod

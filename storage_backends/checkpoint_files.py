@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -59,6 +60,8 @@ class CheckpointFiles:
         self._lock = threading.RLock()
         self._tables: dict[int, DigestTable] = {}
         self._headers: dict[int, EntryColumns] = {}
+        self._header_data: dict[int, bytes] = {}
+        """Headers that were read and not looked at yet."""
 
     def path(self, name: str) -> str:
         """Name in the store of file ``name`` of the data directory."""
@@ -131,21 +134,26 @@ class CheckpointFiles:
         if self.store.preferred_read <= ByteStore.preferred_read:
             return
         files = {row: self.manifest.data_files[row] for row in sorted(set(rows))}
+        jobs: list[Callable[[], None]] = []
+        # The tables first: of several errors the first one's counts.
         if self.verify_digests:
-            ranks = sorted({file.rank for file in files.values()} - self._tables.keys())
-            run_jobs(ranks, lambda rank, _: self._keep_table(rank), threads=threads, check=check)
-        missing = [row for row in files if row not in self._headers]
-        run_jobs(missing, lambda row, _: self._keep_header(row), threads=threads, check=check)
+            ranks = {file.rank for file in files.values()} - self._tables.keys()
+            jobs += [partial(self._keep_table, rank) for rank in sorted(ranks)]
+        missing = files.keys() - self._headers.keys()
+        jobs += [partial(self._keep_header_bytes, row) for row in sorted(missing)]
+        run_jobs(jobs, lambda job, _: job(), threads=threads, check=check)
 
     def _keep_table(self, rank: int) -> None:
         table = self._read_table(rank)
         with self._lock:
             self._tables[rank] = table
 
-    def _keep_header(self, row: int) -> None:
-        header = self._read_header(self.manifest.data_files[row])
+    def _keep_header_bytes(self, row: int) -> None:
+        file = self.manifest.data_files[row]
+        with self.reading(file.name):
+            data = self._header_bytes(file)
         with self._lock:
-            self._headers[row] = header
+            self._header_data[row] = data
 
     def table(self, rank: int) -> DigestTable:
         """The digests of ``rank``'s files, themselves checked against the manifest."""
@@ -208,15 +216,15 @@ class CheckpointFiles:
         with self._lock:
             header = self._headers.get(row)
             if header is None:
-                header = self._headers[row] = self._read_header(self.manifest.data_files[row])
+                header = self._headers[row] = self._read_header(row)
             return header
 
-    def _read_header(self, file: DataFile) -> EntryColumns:
+    def _read_header(self, row: int) -> EntryColumns:
+        file = self.manifest.data_files[row]
         # The table first: it has an error of its own, and names a file of its own.
         table = self.table(file.rank) if self.verify_digests else None
         with self.reading(file.name):
-            self._compare_size(file.name, file.size)
-            data = self._header_bytes(file)
+            data = self._header_data.pop(row, None) or self._header_bytes(file)
             parsed = parse_header(data, file.size)
             if table is not None and digest_value(data) != table.header_digest(file.number):
                 raise DamagedCheckpointError(
@@ -225,6 +233,8 @@ class CheckpointFiles:
         return _some_bytes(parsed.columns)
 
     def _header_bytes(self, file: DataFile) -> bytes:
+        """The header's bytes, of a file that is as long as it should be."""
+        self._compare_size(file.name, file.size)
         first = bytearray(min(file.data_start, file.size, HEADER_BYTES))
         self.store.read(self.path(file.name), [ReadRange(0, memoryview(first))])
         if parse_data_start(bytes(first[:8]), file.size) != file.data_start:

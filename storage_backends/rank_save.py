@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import accumulate
 
@@ -46,7 +46,7 @@ from storage_backends.layout import FileLayout, RankLayout
 from storage_backends.present import complete_set, present_checkpoint, rank_manifests
 from storage_backends.present import present_save_id as manifest_save_id
 from storage_backends.reports import check_reports, make_manifest
-from storage_backends.store_errors import writing
+from storage_backends.store_errors import require_shared, writing
 from storage_backends.tensor_bytes import require_little_endian
 from storage_backends.write_files import WriteOptions, WrittenFile, write_file
 
@@ -78,7 +78,7 @@ class RankSave:
     ) -> None:
         self.store = store
         self.ticket = ticket
-        self._options = options
+        self._options = replace(options, threads=1) if ticket.beside_training else options
         self._overwrite = overwrite
         self._directory = data_directory(ticket.save_id)
         self._begun = False
@@ -107,19 +107,10 @@ class RankSave:
         """Create the data directory; on the coordinator also ``owner.json``."""
         require_little_endian()
         store, ticket = self.store, self.ticket
-        if (ticket.world_size > 1 or ticket.by_worker) and not store.shared_between_processes:
-            others = (
-                f"{ticket.world_size} ranks save together"
-                if ticket.world_size > 1
-                else "a worker process was to write there"
-            )
-            raise StorageError(
-                f"{type(store).__name__} is seen by one process only, and {others}",
-                kind="unsupported_storage",
-                checkpoint=store.url,
-                hint="choose a storage that all of them share"
-                + (", or save by a thread" if ticket.by_worker else ""),
-            )
+        if ticket.world_size > 1:
+            require_shared(store, f"{ticket.world_size} ranks save together")
+        if ticket.by_worker:
+            require_shared(store, "a worker process was to write there")
         self._extra_names()
         encode_user_metadata(ticket.user_metadata)
         with writing(store, "look for a checkpoint", file=self._manifest_name):
@@ -193,7 +184,11 @@ class RankSave:
             name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
             with self._writing(name, "write the data file"):
                 header = _header(file, self.ticket.save_id)
-                written.append(write_file(self.store, name, file, header, self._options, check, self._wrote.append))
+                written.append(
+                    write_file(
+                        self.store, name, file, header, self._options, check, self._wrote.append
+                    )
+                )
         digests = self._write_digests(layout, written, check)
         self._write_extra_files(self._own_extra(), check)
         check()

@@ -37,6 +37,7 @@ from storage_backends.open_manifest import (
 )
 from storage_backends.read_files import Wanted, read_wanted
 from storage_backends.small_reads import read_small
+from storage_backends.store_errors import require_shared
 from storage_backends.tensor_bytes import require_little_endian
 from storage_backends.wanted_rows import checked, wanted_of_columns, wanted_of_items
 
@@ -96,8 +97,12 @@ class ShardedReader(ColumnarReader):
         self._store: ByteStore | None = None
         self._files: CheckpointFiles | None = None
         self._place = ReadingRank()
+        self._world_size = 1
 
     # What both faces share
+
+    def expect_ranks(self, world_size: int) -> None:
+        self._world_size = world_size
 
     @property
     def takes_columns(self) -> bool:
@@ -128,6 +133,8 @@ class ShardedReader(ColumnarReader):
                 hint="pass checkpoint_id",
             )
         store = self._store = self._open_store(self._checkpoint_id)
+        if self._world_size > 1:
+            require_shared(store, f"{self._world_size} ranks load together")
         return store
 
     def manifest_bytes(self, record: CommitRecord) -> bytes:
@@ -265,9 +272,7 @@ class ShardedReader(ColumnarReader):
         manifest, url = files.manifest, files.store.url
         items = want_items(plan.items, manifest, planner, place=self._place, checkpoint=url)
         rows = wanted_of_items(items, checkpoint=url)
-        files.prefetch(
-            {row.file for row in rows}, threads=self._threads, check=_nothing_to_check
-        )
+        files.prefetch({row.file for row in rows}, threads=self._threads, check=_nothing_to_check)
         wanted = checked(files, rows)
         read_wanted(files, wanted, threads=self._threads, check=_nothing_to_check)
         for want in items:

@@ -42,7 +42,7 @@ from storage_backends.layout import lay_out_assignment
 from storage_backends.open_manifest import read_manifest
 from storage_backends.present import present_checkpoint
 from storage_backends.rank_save import RankSave
-from storage_backends.store_errors import writing
+from storage_backends.store_errors import require_shared, writing
 from storage_backends.write_files import WriteOptions
 
 __all__ = ["ShardedWriter"]
@@ -290,12 +290,8 @@ class ShardedWriter(ColumnarWriter):
         store = self._point_to(None)
         if is_coordinator and self._use_collectives:
             self._observed = self.observe(None)
-        if not is_coordinator and not store.shared_between_processes:
-            raise UsageError(
-                f"{type(store).__name__} is seen by one process only",
-                kind="usage",
-                checkpoint=store.url,
-            )
+        if not is_coordinator:
+            require_shared(store, "several ranks save together")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan

@@ -13,7 +13,19 @@ from dcp_engine.errors import CheckpointError, ConflictError, StorageError
 from dcp_engine.storage import ByteStore
 from storage_backends.os_errors import storage_error
 
-__all__ = ["writing"]
+__all__ = ["require_shared", "writing"]
+
+
+def require_shared(store: ByteStore, others: str) -> None:
+    """Raise ``unsupported_storage`` if only one process sees what is in ``store``; ``others`` says
+    who else was to see it."""
+    if not store.shared_between_processes:
+        raise StorageError(
+            f"{type(store).__name__} is seen by one process only, and {others}",
+            kind="unsupported_storage",
+            checkpoint=store.url,
+            hint="choose a storage that all ranks share",
+        )
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def save_here(
             world_size=job.world_size,
             memory=job.memory,
             options=job.options,
+            beside_training=True,
         ).metadata
 
 

@@ -233,6 +233,19 @@ class CheckpointProcess:
             self.process_creation_future = wrap_future(self._worker.started)
         return self._worker
 
+    def _answering(self) -> WorkerProcess:
+        """The child, when it has answered: one that died while nobody looked must not cost a
+        write."""
+        worker = self._living()
+        try:
+            self._ask(worker, RequestType.PING, {}, [])
+        except WorkerError as error:
+            if error.kind != "worker_died" or self._closed:
+                raise
+            worker.close(0)
+            worker = self._living()
+        return worker
+
     def _ask(
         self,
         worker: WorkerProcess,
@@ -258,8 +271,11 @@ class CheckpointProcess:
     # -- on the thread -------------------------------------------------------------------------
 
     def _write(self, turn: WriteTurn, path: str, held: HeldState, kwargs: dict[str, Any]) -> None:
-        worker = self._living()
         try:
+            try:
+                worker = self._answering()
+            except WorkerError as error:
+                raise self._lost(turn, path, error) from error
             try:
                 state, descriptors = held.pack(self._arenas)
             except BaseException as error:
@@ -280,7 +296,7 @@ class CheckpointProcess:
             return
         payload = {"path": path, "state": _portable(error), "kwargs": {}, "turn": turn}
         try:
-            self._ask(self._living(), RequestType.WRITE_CHECKPOINT, payload, [])
+            self._ask(self._answering(), RequestType.WRITE_CHECKPOINT, payload, [])
         except WorkerError as lost:
             self._lost(turn, path, lost)
         except BaseException as raised:

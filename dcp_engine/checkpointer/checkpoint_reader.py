@@ -144,7 +144,8 @@ class CheckpointReader:
                 for name, value in destination.items()
                 if name not in report.skipped
             }
-            return fill(request, values), [*request.missing, *report.missing]
+            filled, late = fill(request, values, same_types=options.per_rank != "list")
+            return filled, [*request.missing, *report.missing, *late]
 
     def _columnar(self, path: str) -> ColumnarReader:
         reader = self._registry.reader(path)

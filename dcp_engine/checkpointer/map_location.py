@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -46,7 +46,7 @@ class Placement:
             return value
         if self._move is None:
             return value.to(self.device)
-        storage = cast(torch.UntypedStorage, value.untyped_storage())
+        storage = value.untyped_storage()
         moved = self._move(storage, _STORED_ON)
         if moved is None or moved is storage:
             return value

@@ -6,7 +6,7 @@ it. No I/O. Does not belong here: reading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,17 +85,29 @@ def request_some(
     return walk.request
 
 
-def fill(request: Request, values: Mapping[str, Any]) -> Any:
-    """What was asked for, in the caller's containers where there are any.
+def fill(
+    request: Request, values: Mapping[str, Any], *, same_types: bool = True
+) -> tuple[Any, list[str]]:
+    """What was asked for, in the caller's containers where there are any; and the keys below
+    dicts that turned out to be stored empty.
 
     Args:
         values: what was loaded, by name; what is left out keeps what the caller has there.
+        same_types: an object of another type than the one it would replace is refused.
 
-    Raises ``LoadMismatchError`` for an object of another type than the one it would replace, and
-    changes nothing then.
+    Raises ``LoadMismatchError``, and puts nothing in place then.
     """
-    _compare_types(request.root, values)
-    return _filled(request.root, values)
+    if same_types:
+        _compare_types(request.root, values)
+    emptied = [
+        leaf
+        for leaf in _leaves(request.root)
+        if leaf.target and isinstance(leaf.target, Mapping) and values.get(leaf.name) == {}
+    ]
+    kept = {leaf.name for leaf in emptied}
+    values = {name: value for name, value in values.items() if name not in kept}
+    missing = [f"{leaf.label}{_step(key)}" for leaf in emptied for key in leaf.target]
+    return _filled(request.root, values), missing
 
 
 class _Walk:
@@ -168,15 +180,18 @@ class _Walk:
         takes_tensor = isinstance(target, torch.Tensor) or is_shared(target)
         if (stored is not None) != takes_tensor:
             raise _mismatch(path, target, "a tensor" if stored is not None else "an object")
-        if stored is not None and isinstance(target, torch.Tensor) and not is_shared(target):
-            if tuple(target.shape) != stored.shape or target.dtype != stored.dtype:
-                raise LoadMismatchError(
-                    f"the target is {target.dtype} of shape {list(target.shape)}, what is stored "
-                    f"{stored.dtype} of shape {list(stored.shape)}",
-                    kind="shape_mismatch" if target.dtype == stored.dtype else "dtype_mismatch",
-                    tensor=_label(path),
-                    hint="make the target what was saved, or None",
-                )
+        if (
+            stored is not None
+            and not (node.is_example or is_shared(target))
+            and (tuple(target.shape), target.dtype) != (stored.shape, stored.dtype)
+        ):
+            raise LoadMismatchError(
+                f"the target is {target.dtype} of shape {list(target.shape)}, what is stored "
+                f"{stored.dtype} of shape {list(stored.shape)}",
+                kind="shape_mismatch" if target.dtype == stored.dtype else "dtype_mismatch",
+                tensor=_label(path),
+                hint="make the target what was saved, or None",
+            )
         return self._leaf(node, path, target)
 
     def _leaf(self, node: StoredLeaf, path: Path, target: Any) -> _Leaf:
@@ -194,22 +209,26 @@ class _Walk:
         return _Leaf(name=node.name, target=target, label=_label(path))
 
 
-def _compare_types(node: _Node, values: Mapping[str, Any]) -> None:
-    if isinstance(node, _Branch):
+def _leaves(node: _Node) -> Iterator[_Leaf]:
+    if isinstance(node, _Leaf):
+        yield node
+    elif isinstance(node, _Branch):
         for _, child in node.children:
-            _compare_types(child, values)
-        return
-    if not isinstance(node, _Leaf) or node.name not in values:
-        return
-    value, target = values[node.name], node.target
-    nothing = target is None or target is ABSENT
-    if nothing or isinstance(target, torch.Tensor) or is_shared(target):
-        return
-    if not isinstance(target, type(value)):
+            yield from _leaves(child)
+
+
+def _compare_types(root: _Node, values: Mapping[str, Any]) -> None:
+    for leaf in _leaves(root):
+        target = leaf.target
+        if target is None or target is ABSENT or leaf.name not in values:
+            continue
+        value = values[leaf.name]
+        if isinstance(target, torch.Tensor) or is_shared(target) or isinstance(target, type(value)):
+            continue
         raise LoadMismatchError(
             f"the target is a {type(target).__name__}, what is stored a {type(value).__name__}",
             kind="type_mismatch",
-            tensor=node.label,
+            tensor=leaf.label,
             hint="make the target what was saved, or None",
         )
 
@@ -233,10 +252,11 @@ def _filled(node: _Node, values: Mapping[str, Any]) -> Any:
 
 def _label(path: Path) -> str:
     """A key as it is written: ``model.layers[0].weight``."""
-    text = ""
-    for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
-    return text
+    return "".join(map(_step, path)).removeprefix(".")
+
+
+def _step(key: Any) -> str:
+    return f"[{key}]" if type(key) is int else f".{key}"
 
 
 def _mismatch(path: Path, target: Any, stored: str) -> LoadMismatchError:

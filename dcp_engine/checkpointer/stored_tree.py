@@ -20,11 +20,13 @@ ContainerKind = Literal["dict", "list", "tuple"]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLeaf:
-    """A value. ``tensor`` is one rank's where there is one of each (the first rank's that there
-    is, where this rank had no part in the saving), and None for an object."""
+    """A value."""
 
     name: str
     tensor: StoredTensor | None
+    """None for an object."""
+    is_example: bool = False
+    """Other ranks saved a value each, of which this is one."""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +74,9 @@ def _leaf(manifest: Manifest, name: str, rank: int, world_size: int) -> StoredLe
     tensors = manifest.per_rank_tensors.get(name)
     if tensors:
         owner = rank if same else min(tensors)
-        return StoredLeaf(name=name, tensor=tensors[owner]) if owner in tensors else None
+        if owner not in tensors:
+            return None
+        return StoredLeaf(name=name, tensor=tensors[owner], is_example=not same)
     objects = manifest.per_rank_objects.get(name)
     if objects and (not same or rank in objects):
         return StoredLeaf(name=name, tensor=None)

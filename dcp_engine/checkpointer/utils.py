@@ -20,7 +20,7 @@ class WriteFuture(Future[None]):
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> None:
-        """None; raises what the write failed with, or ``TimeoutError`` after ``timeout`` seconds."""
+        """Raises what the write failed with, or ``TimeoutError`` after ``timeout`` seconds."""
         self.exception(timeout)
         return super().result(0)
 

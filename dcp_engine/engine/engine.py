@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Session
 from dcp_engine.coordination.open_session import open_session
 from dcp_engine.coordination.single import SingleSession
-from dcp_engine.errors import UsageError
+from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
 from dcp_engine.format.names import is_save_id, new_save_id
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.loader.options import LOAD_PHASES, SHARED_READS, PerRankPolicy, SharedReads
@@ -124,8 +125,11 @@ class Engine:
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
+        limit = options.deadlines.timeout
         return save(
-            self._session_for(no_dist) if use_collectives else self._session_alone(),
+            self._session_for(no_dist, limit, checkpoint_id)
+            if use_collectives
+            else self._session_alone(),
             state_dict,
             checkpoint_id=_text(checkpoint_id),
             writer=writer,
@@ -180,7 +184,12 @@ class Engine:
         # What lies in files now is what is saved, not what will lie there in a minute.
         mine = place.group.rank == coordinator_rank
         options = replace(options, extra_files=extra_contents(options) if mine else {})
-        session = self._session_for(no_dist) if use_collectives else self._session_alone()
+        limit = options.deadlines.timeout
+        session = (
+            self._session_for(no_dist, limit, checkpoint_id)
+            if use_collectives
+            else self._session_alone()
+        )
         if isinstance(session, CollectiveSession):
             raise UsageError(
                 "an asynchronous save needs a store: over the process group its messages would "
@@ -264,15 +273,16 @@ class Engine:
         reader = storage_reader
         if reader is None:
             reader = self._registry.reader(_required(checkpoint_id, "storage_reader"))
+        deadlines = self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES)
         return load(
-            self._session_for(no_dist),
+            self._session_for(no_dist, deadlines.timeout, checkpoint_id),
             state_dict,
             checkpoint_id=_text(checkpoint_id),
             reader=reader,
             planner=planner,
             group=self._place(no_dist).group,
             options=LoadOptions(
-                deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES),
+                deadlines=deadlines,
                 coordinator_rank=coordinator_rank,
                 per_rank=per_rank,
                 allow_pickle=allow_pickle,
@@ -381,13 +391,25 @@ class Engine:
             phases=dict(phases or {}),
         )
 
-    def _session_for(self, no_dist: bool) -> Session:
-        """The session with the ranks that ``no_dist`` leaves; opened at the first use."""
+    def _session_for(
+        self, no_dist: bool, timeout: float | None = None, checkpoint_id: CheckpointId = None
+    ) -> Session:
+        """The session with the ranks that ``no_dist`` leaves; opened at the first use, within the
+        ``timeout`` of the operation that needs it."""
         if no_dist or not self._distributed:
             return self._session_alone()
         self._refuse_if_closed()
         if self._session is None:
-            self._session = open_session(self._process_group, connect_timeout=self._connect_timeout)
+            limit = min(self._connect_timeout, math.inf if timeout is None else timeout)
+            try:
+                self._session = open_session(self._process_group, connect_timeout=limit)
+            except CoordinationError as error:
+                raise CheckpointException(
+                    f"the ranks did not come together: {error.message}",
+                    kind=error.kind,
+                    checkpoint=checkpoint_id,
+                    hint=error.hint,
+                ) from error
         return self._session
 
     def _session_alone(self) -> Session:

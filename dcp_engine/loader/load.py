@@ -75,6 +75,8 @@ def _attempt(
     with session.begin(
         "load", name, deadlines=options.deadlines, coordinator_rank=options.coordinator_rank
     ) as operation:
+        if isinstance(reader, ColumnarReader):
+            reader.expect_ranks(operation.world_size)
         if columnar and isinstance(reader, ColumnarReader):
             if not isinstance(planner, DefaultLoadPlanner):
                 raise UsageError(f"{type(planner).__name__} is not a DefaultLoadPlanner")

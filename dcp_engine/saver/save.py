@@ -181,6 +181,7 @@ def carry_out(
     options: SaveOptions,
     announce: Callable[[str], None] | None = None,
     by_worker: bool = False,
+    beside_training: bool = False,
 ) -> Saved:
     """Save ``content`` as this rank's part of ``operation``, which stays the caller's to close.
 
@@ -189,9 +190,18 @@ def carry_out(
         rank, world_size: among the ranks that save together, with or without collectives.
         announce: told the save id as soon as there is one.
         by_worker: this is not the process that asked for the save.
+        beside_training: training goes on in this process meanwhile.
     """
     name = checkpoint_name(checkpoint_id, writer)
-    ticket = _ticket_maker(identity, rank, world_size, options, announce, by_worker)
+    ticket = _ticket_maker(
+        identity,
+        rank,
+        world_size,
+        options,
+        announce,
+        by_worker=by_worker,
+        beside_training=beside_training,
+    )
     if isinstance(content, ItemContent):
         _refuse_what_items_cannot(writer, content.planner, options, name)
         metadata = save_items(
@@ -246,7 +256,9 @@ def _ticket_maker(
     world_size: int,
     options: SaveOptions,
     announce: Callable[[str], None] | None,
+    *,
     by_worker: bool,
+    beside_training: bool,
 ) -> Callable[[str], SaveTicket]:
     def ticket(save_id: str) -> SaveTicket:
         if announce is not None:
@@ -262,6 +274,7 @@ def _ticket_maker(
             use_collectives=options.use_collectives,
             keep_replaced=options.keep_replaced,
             by_worker=by_worker,
+            beside_training=beside_training,
         )
 
     return ticket

@@ -312,6 +312,9 @@ class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
     def checkpoint(self) -> str:
         return self.inner.checkpoint
 
+    def expect_ranks(self, world_size: int) -> None:
+        self.schedule.call("expect_ranks", self.inner, world_size)
+
     def open_checkpoint(
         self,
         checkpoint_id: str | os.PathLike[str] | None,

@@ -107,4 +107,6 @@ def test_numbers_and_tables() -> None:
     lines = markdown_table(["a", "long"], [["1,000", "2"]]).splitlines()
     assert lines == ["| a     | long |", "| ----- | ---- |", "| 1,000 |    2 |"]
     target = Target(text="first plan", measured=2.0, limit=1.0, unit="s")
-    assert target.line() == "MISS  first plan: 2.00 s (at most 1.00 s)"
+    assert target.line() == "missed  first plan: 2.00 s (at most 1.00 s)"
+    target = Target(text="speed", measured=0.9, limit=0.85, at_least=True)
+    assert target.line() == "pass    speed: 0.900 (at least 0.850)"

@@ -6,9 +6,12 @@ Belongs here: functions ``f(say, ...)``. Does not belong here: killing and judgi
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,19 @@ from torch.distributed.tensor import DTensor, Shard
 
 import dcp_engine as dcp
 
-__all__ = ["destination", "save_for_ever", "state", "value_of"]
+__all__ = [
+    "as_nobody",
+    "destination",
+    "large",
+    "load_alone",
+    "save_alone",
+    "save_for_ever",
+    "state",
+    "value_of",
+    "with_few_descriptors",
+    "with_little_memory",
+    "with_small_files",
+]
 
 ROWS = 60_000
 """Of the sharded tensor: 480 kB a rank of two."""
@@ -61,9 +76,7 @@ def value_of(loaded: dict[str, Any]) -> float:
 def joined(rank: int, world_size: int, port: int, prefix: str) -> Iterator[None]:
     """A gloo group over the store at ``port``."""
     timeout = timedelta(seconds=60)
-    store = dist.TCPStore(
-        "localhost", port, None, False, timeout=timeout, wait_for_workers=False
-    )
+    store = dist.TCPStore("localhost", port, None, False, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         "gloo",
         store=dist.PrefixStore(prefix, store),
@@ -96,10 +109,88 @@ def save_for_ever(
             value = first + number
             say("begins", rank, value)
             try:
-                dcp.save(
-                    state(value, mesh), checkpoint_id=path, timeout=timeout, stall_timeout=1.5
-                )
+                dcp.save(state(value, mesh), checkpoint_id=path, timeout=timeout, stall_timeout=1.5)
             except dcp.CheckpointException as error:
                 say("failed", rank, value, error.kind)
                 return
             say("returned", rank, value)
+
+
+def save_alone(path: str, value: float) -> str | None:
+    """Save from this process; None, or the kind and text of the error."""
+    return _tried(lambda: dcp.save(state(value), checkpoint_id=path, no_dist=True))
+
+
+def load_alone(path: str) -> float | str:
+    """The number that is there, or the kind and text of the error."""
+    loaded = destination()
+    problem = _tried(lambda: dcp.load(loaded, checkpoint_id=path, no_dist=True))
+    return value_of(loaded) if problem is None else problem
+
+
+def _tried(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except dcp.CheckpointException as error:
+        return f"{error.kind}: {error}"
+    return None
+
+
+def with_few_descriptors(say: Callable[..., None], path: str, value: float, most: int) -> None:
+    """Save ``value`` and load, with 0, 1, ... ``most`` descriptors left; say what became of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    for left in range(most + 1):
+        taken = []
+        try:
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        for descriptor in taken[:left]:
+            os.close(descriptor)
+        saved = save_alone(path, value + left)
+        loaded = load_alone(path)
+        for descriptor in taken[left:]:
+            os.close(descriptor)
+        say("tried", left, saved, loaded, load_alone(path), len(os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    say("at last", save_alone(path, value - 1), load_alone(path))
+
+
+def large(value: float) -> torch.Tensor:
+    """32 MiB that do not lie in memory as they are stored."""
+    return torch.full((2048, 4096), value).t()
+
+
+def with_little_memory(say: Callable[..., None], path: str, value: float, spare: int) -> None:
+    """Save and load with ``spare`` bytes of address space left."""
+    tensor, into = large(value), large(-1.0)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare, hard))
+    saved = _tried(lambda: dcp.save({"w": tensor}, checkpoint_id=path, no_dist=True))
+    loaded = _tried(lambda: dcp.load({"w": into}, checkpoint_id=path, no_dist=True))
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    say("tried", saved, loaded)
+    again = _tried(lambda: dcp.load({"w": into}, checkpoint_id=path, no_dist=True))
+    say("now", again, into.unique().tolist())
+
+
+def with_small_files(say: Callable[..., None], path: str, value: float, sizes: list[int]) -> None:
+    """Save with no file allowed to be larger than each of ``sizes`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in sizes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        saved = save_alone(path, value)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        say("tried", size, saved, load_alone(path), sorted(os.listdir(path)))
+
+
+def as_nobody(say: Callable[..., None], path: str, value: float) -> None:
+    """Save and load as a user who may only read."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    say("tried", save_alone(path, value), load_alone(path))

@@ -59,7 +59,7 @@ class KilledJob:
     def round(self) -> None:
         """Start, kill, look."""
         words = Words(self._directory / f"words{self._round}")
-        children = self._start(words, 10_000, 5.0)
+        children = self._start(words, 10_000, 3.0)
         try:
             self._kill(words, children)
             ended = words.listen(

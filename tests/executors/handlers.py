@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import platform
 import resource
 import signal
 import sys
@@ -53,6 +55,7 @@ def failure(name: str) -> BaseException:
         return CheckpointException("save failed", {1: (first, _no_stack())}, kind="io_error")
     errors: dict[str, BaseException] = {
         "plain": KeyError("k"),
+        "late": TimeoutError("of the handler's own"),
         "lock": HoldsALock("held"),
         "two arguments": TwoArguments("a", "b"),
         "exit": SystemExit(7),
@@ -71,6 +74,11 @@ def _no_stack() -> Any:
     import traceback
 
     return traceback.StackSummary.from_list([])
+
+
+def _io_priority() -> int | None:
+    number = {"x86_64": 252, "aarch64": 31}.get(platform.machine())
+    return None if number is None else ctypes.CDLL(None).syscall(ctypes.c_long(number), 1, 0)
 
 
 class Tools:
@@ -97,6 +105,7 @@ class Tools:
             "rank": self.context.rank,
             "init": self.init.decode(),
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
+            "io": _io_priority(),
             "session": os.getsid(0),
             "comm": Path("/proc/self/comm").read_text().strip(),
             "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"),

@@ -76,6 +76,16 @@ def test_starting_again_is_nothing(make: Make) -> None:
     assert worker.pid == pid
 
 
+def test_the_thread_that_started_it_may_end(make: Make) -> None:
+    """A death signal of Linux would follow that thread, not the process."""
+    worker = WorkerProcess(make().settings)
+    starter = threading.Thread(target=worker.start)
+    starter.start()
+    starter.join(LIMIT)
+    with worker:
+        assert worker.call("echo", b"alive", timeout=LIMIT) == b"alive"
+
+
 def test_before_the_start() -> None:
     worker = WorkerProcess(WorkerSettings(handler="m:f", name="idle"))
     assert (worker.alive, worker.pid) == (False, None)

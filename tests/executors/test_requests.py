@@ -44,6 +44,7 @@ def test_where_a_handler_runs(tools: WorkerProcess) -> None:
 def test_it_keeps_out_of_the_way(tools: WorkerProcess) -> None:
     seen = about(tools)
     assert seen["nice"] == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
+    assert seen["io"] in (None, 3 << 13, 2 << 13 | 7)  # idle, or the lowest of the ordinary ones
     assert seen["comm"] == "tools"
     assert (seen["gc"], seen["frozen"]) == (False, True)
 
@@ -98,7 +99,12 @@ def caught(worker: WorkerProcess, name: str) -> BaseException:
 
 @pytest.mark.parametrize(
     ("name", "kind", "text"),
-    [("plain", KeyError, "'k'"), ("base", Quits, "out"), ("storage", StorageError, "no space")],
+    [
+        ("plain", KeyError, "'k'"),
+        ("late", TimeoutError, "of the handler's own"),
+        ("base", Quits, "out"),
+        ("storage", StorageError, "no space"),
+    ],
 )
 def test_what_the_handler_raises(
     tools: WorkerProcess, name: str, kind: type[BaseException], text: str

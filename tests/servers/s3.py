@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.servers.process import answers, free_port, server
 
@@ -22,6 +24,7 @@ class S3Server:
 
     def __init__(self, port: int) -> None:
         self.endpoint = f"http://127.0.0.1:{port}"
+        self._client: Any = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -30,15 +33,22 @@ class S3Server:
 
     def client(self) -> Any:
         """boto3: another way to the same objects."""
-        import boto3
+        if self._client is None:
+            import boto3
 
-        return boto3.client(
-            "s3",
-            region_name="us-east-1",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-        )
+            self._client = boto3.client(
+                "s3",
+                region_name="us-east-1",
+                endpoint_url=self.endpoint,
+                aws_access_key_id=KEY,
+                aws_secret_access_key=SECRET,
+            )
+        return self._client
+
+    def url(self, path: str, **options: Any) -> str:
+        """URL of ``bucket/key`` with all that is needed to open it in its query."""
+        query = {"endpoint_url": self.endpoint, "key": KEY, "secret": SECRET, **options}
+        return f"s3://{path}?{urlencode(query)}"
 
     def new_bucket(self) -> str:
         """The name of an empty bucket, made now."""
@@ -50,13 +60,22 @@ class S3Server:
         """From now on, and until told otherwise, fail so; and forget the log.
 
         A fault: ``match`` (words, all in ``"METHOD /bucket/key?query"``), ``action`` (``reset``,
-        ``lose reply``, ``throttle``, ``fail``, ``deny``), ``times`` (1), ``after`` (0) requests.
+        ``lose reply``, ``throttle``, ``fail``, ``deny``, ``hang`` until told otherwise), ``times``
+        (1), ``after`` (0) requests.
         """
         self._ask("faults", json.dumps(list(faults)).encode())
 
     def log(self) -> list[dict[str, Any]]:
         """What was asked since the last ``tell``."""
         return list(self._ask("log")["log"])
+
+    def wait_for(self, fault: str) -> None:
+        """Until a request has met ``fault``."""
+        deadline = time.monotonic() + 60
+        while not any(entry["fault"] == fault for entry in self.log()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no request met {fault!r}")
+            time.sleep(0.02)
 
     def most_at_once(self) -> int:
         """Most requests that were under way at a time since the last ``tell``."""

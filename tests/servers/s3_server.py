@@ -37,6 +37,7 @@ class Endpoint:
         self._conditional = threading.Lock()
         self._faults: list[dict[str, Any]] = []
         self._log: list[dict[str, Any]] = []
+        self._released = threading.Event()
         self._at_once = 0
         self._most_at_once = 0
 
@@ -64,6 +65,8 @@ class Endpoint:
         }
         with self._lock:
             self._log.append(entry)
+        if fault == "hang":
+            self._released.wait(60)
         if fault == "reset":
             return self._reset(environ)
         if fault in _ERRORS:
@@ -102,6 +105,8 @@ class Endpoint:
         with self._lock:
             if environ["REQUEST_METHOD"] == "PUT":
                 self._faults = json.loads(_drain(environ))
+                self._released.set()  # what hangs now
+                self._released = threading.Event()
                 self._log = []
                 self._most_at_once = self._at_once
             answer = json.dumps({"log": self._log, "most_at_once": self._most_at_once}).encode()

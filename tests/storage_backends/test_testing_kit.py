@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.futures import Future
 
+from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.errors import StorageError
-from dcp_engine.plan import SavePlan
-from dcp_engine.storage import ReadRange
+from dcp_engine.metadata import Metadata
+from dcp_engine.plan import LoadPlan, SavePlan
+from dcp_engine.storage import ReadRange, StorageReader
+from storage_backends import testing
 from storage_backends.filesystem import FileSystemReader, FileSystemWriter
 from storage_backends.memory import MemoryStore
 from storage_backends.testing.faulty import (
+    Delay,
     Fail,
     Fault,
     FaultyByteStore,
@@ -22,12 +28,16 @@ from storage_backends.testing.faulty import (
     Hang,
     LoseReply,
     ShortWrite,
+    StaleListing,
     TornWrite,
+    disk_full,
 )
 from storage_backends.testing.faulty_calls import (
     CallFault,
     FaultyColumnarReader,
     FaultyColumnarWriter,
+    FaultyStorageReader,
+    FaultyStorageWriter,
     faulty_reader,
     faulty_writer,
 )
@@ -128,6 +138,41 @@ def test_hang() -> None:
     assert inner.get("x") == b"1"
 
 
+def test_delay() -> None:
+    slept: list[float] = []
+    fault = Fault(operation="*", name="x", action=Delay(0.25, slept.append), times=2)
+    store = FaultyByteStore(fresh(), [fault])
+    store.put("y", b"1")
+    assert slept == []
+    store.put("x", b"1")
+    assert (slept, store.get("x")) == ([0.25, 0.25], b"1")
+
+
+def test_a_stale_listing() -> None:
+    inner = fresh()
+    inner.put("a1", b"1")
+    inner.put("a2", b"22")
+    store = FaultyByteStore(inner)
+    store.add(Fault(operation="list", name="a*", action=StaleListing(), nth=2))
+    inner.delete(["a1"])
+    inner.put("a3", b"333")
+    now, then = {"a2": 2, "a3": 3}, {"a1": 1, "a2": 2}
+    for prefix, wanted in (("a", now), ("", now), ("a", then), ("a", now)):
+        assert {file.name: file.size for file in store.list(prefix)} == wanted
+
+
+def test_faults_of_chosen_ranks() -> None:
+    fault = Fault(operation="put", action=Fail(disk_full()), ranks=frozenset({1, 3}))
+    for rank in range(4):
+        store = FaultyByteStore(fresh(), [fault], rank=rank)
+        if rank in (1, 3):
+            with pytest.raises(OSError) as caught:
+                store.put("f", b"")
+            assert caught.value.errno == errno.ENOSPC
+        else:
+            store.put("f", b"")
+
+
 def test_an_action_without_meaning_is_an_error_of_the_test() -> None:
     store = FaultyByteStore(fresh(), [Fault(operation="size", action=FlipBit(0))])
     with pytest.raises(TypeError):
@@ -198,3 +243,107 @@ def test_failing_in_the_future(tmp_path: Path) -> None:
         future.wait()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+class Lines(StorageReader):
+    """Writes down which of its methods were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        self.calls.append("reset")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.calls.append("read_metadata")
+        return Metadata({})
+
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append("set_up_storage_reader")
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
+        self.calls.append("read_data")
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+def test_the_nth_call_of_any_method() -> None:
+    inner = Lines()
+    error = RuntimeError("injected")
+    reader = FaultyStorageReader(inner, [CallFault(method="*", error=error, nth=3)])
+    reader.reset()
+    reader.read_metadata()
+    with pytest.raises(RuntimeError, match="injected"):
+        reader.set_up_storage_reader(Metadata({}), True)
+    reader.set_up_storage_reader(Metadata({}), True)
+    assert inner.calls == ["reset", "read_metadata", "set_up_storage_reader"]
+
+
+def test_a_slow_call() -> None:
+    inner = Lines()
+    slept: list[float] = []
+    fault = CallFault(method="reset", delay=0.25, sleep=slept.append)
+    reader = FaultyStorageReader(inner, [fault])
+    reader.reset()
+    reader.reset()
+    assert (slept, inner.calls) == ([0.25], ["reset", "reset"])
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("injected")])
+def test_a_future_that_hangs(error: RuntimeError | None) -> None:
+    entered, released = threading.Event(), threading.Event()
+    fault = CallFault(method="read_data", error=error, when="future", hang=Hang(released, entered))
+    inner = Lines()
+    future = FaultyStorageReader(inner, [fault]).read_data(LoadPlan([]), DefaultLoadPlanner())
+    assert entered.wait(60)
+    assert not future.done()
+    assert inner.calls == ["read_data"]
+    released.set()
+    if error is None:
+        assert future.wait() is None
+    else:
+        with pytest.raises(RuntimeError, match="injected"):
+            future.wait()
+
+
+def test_a_call_that_hangs() -> None:
+    entered, released = threading.Event(), threading.Event()
+    inner = Lines()
+    fault = CallFault(method="reset", hang=Hang(released, entered), ranks=frozenset({2}))
+    reader = FaultyStorageReader(inner, [fault], rank=2)
+    thread = threading.Thread(target=reader.reset)
+    thread.start()
+    assert entered.wait(60)
+    assert inner.calls == []
+    released.set()
+    thread.join(60)
+    assert inner.calls == ["reset"]
+
+
+def test_every_call_of_a_writer_goes_through() -> None:
+    """Also those that only a failure makes."""
+    error = RuntimeError("injected")
+    for method in ("abort", "leave_in_doubt", "reset", "storage_meta"):
+        writer = faulty_writer(FileSystemWriter("never"), [CallFault(method=method, error=error)])
+        plain = FaultyStorageWriter(FileSystemWriter("never"), [CallFault(method="*", error=error)])
+        for double in (writer, plain):
+            with pytest.raises(RuntimeError, match="injected"):
+                getattr(double, method)()
+
+
+def test_the_kit_is_found_in_one_place() -> None:
+    for name in testing.__all__:
+        assert getattr(testing, name).__name__ == name
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        testing.NoSuchThing  # noqa: B018

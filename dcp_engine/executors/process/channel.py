@@ -191,8 +191,10 @@ class Channel:
             raise PeerGone("the process has ended")
 
     def close(self) -> None:
-        """Close this end. May be called twice."""
-        self._socket.close()
+        """Close this end. May be called twice. Not while the other end lives and reads nothing:
+        a sender may then hold the socket for as long as its deadline is."""
+        with self._sending:
+            self._socket.close()
 
 
 def _after(parts: list[memoryview], sent: int) -> list[memoryview]:

@@ -17,7 +17,7 @@ from dcp_engine.coordination.failures import capture, raised_by_exit, restore
 from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.executors.process.protocol import Failed
 
-__all__ = ["WorkerError", "WorkerFailure", "as_failed", "raised_by"]
+__all__ = ["WorkerError", "WorkerFailure", "again", "as_failed", "late", "raised_by"]
 
 _PICKLE_LIMIT = 1 << 20  # an exception that drags tensors along travels as text
 _TEXT_LIMIT = 64 << 10
@@ -39,6 +39,33 @@ class WorkerFailure(CoordinationError):
 
     default_kind = "rank_failed"
     type_name = ""
+
+
+def again(end: WorkerError | None, doing: str | None = None) -> WorkerError:
+    """The end of a worker, as a new exception for each who asks.
+
+    Args:
+        end: as it was seen.
+        doing: the request that was in flight.
+    """
+    if end is None:
+        end = WorkerError("the worker process is gone")
+    during = f", with {doing} in flight" if doing else ""
+    error = WorkerError(end.message + during, kind=end.kind, rank=end.rank, hint=end.hint)
+    for note in getattr(end, "__notes__", ()):
+        error.add_note(note)
+    return error
+
+
+def late(worker: str, rank: int, kind: str, timeout: float | None, what: str) -> WorkerError:
+    """A call's deadline has passed."""
+    limit = f"{timeout:.3g} s" if timeout is not None else "no time at all"
+    return WorkerError(
+        f'{worker}: {what} to "{kind}" within {limit}',
+        kind="timeout",
+        rank=rank,
+        hint="the worker still works on it, or on what came before",
+    )
 
 
 def as_failed(request_id: int, error: BaseException) -> tuple[Failed, bytes]:

@@ -1,7 +1,7 @@
-"""Starting the process of a worker.
+"""Starting the process of a worker, and burying it.
 
-Belongs here: command line, environment, and the first lines of Python that run in it. Does not
-belong here: what is said to it afterwards (``parent``).
+Belongs here: command line, environment, the first lines of Python that run in it, its exit
+status. Does not belong here: what is said to it in between (``parent``).
 
 Not ``multiprocessing``: its children run the parent's main file again, it joins them at exit
 without a deadline, and it keeps a resource tracker beside them.
@@ -19,7 +19,10 @@ from multiprocessing import spawn
 
 from dcp_engine.executors.process.settings import WorkerSettings
 
-__all__ = ["launch", "search_path"]
+__all__ = ["REAP_S", "launch", "reap", "search_path"]
+
+REAP_S = 5.0
+"""For a process that has closed its socket, or was sent SIGKILL, to be gone."""
 
 _MAX_THREADS = 4
 """Of OpenMP and MKL: a worker writes and hashes with threads of its own."""
@@ -80,6 +83,22 @@ def launch(settings: WorkerSettings, child_end: socket.socket) -> subprocess.Pop
         start_new_session=True,
         env=_environment(os.environ, settings),
     )
+
+
+def reap(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a process that is on its way out, and say how it went."""
+    try:
+        code = process.wait(REAP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}"
 
 
 def search_path() -> bytes:

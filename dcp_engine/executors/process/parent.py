@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -26,8 +25,9 @@ from typing import Any
 
 from dcp_engine.errors import UsageError
 from dcp_engine.executors.process.channel import Channel, PeerGone
-from dcp_engine.executors.process.failure import WorkerError, raised_by
-from dcp_engine.executors.process.launch import launch, search_path
+from dcp_engine.executors.process.failure import WorkerError, again, late, raised_by
+from dcp_engine.executors.process.inboxes import Inbox, Inboxes
+from dcp_engine.executors.process.launch import REAP_S, launch, reap, search_path
 from dcp_engine.executors.process.manners import process_descriptor
 from dcp_engine.executors.process.pickles import main_module
 from dcp_engine.executors.process.protocol import (
@@ -48,9 +48,9 @@ from dcp_engine.executors.process.turns import Turns
 
 __all__ = ["WorkerProcess"]
 
-_REAP_S = 5.0
-"""For a process that has closed its socket, or was sent SIGKILL, to be gone."""
-_Answer = tuple[FromWorker, bytes] | None
+
+class _Late(Exception):
+    """The deadline of a call. Not ``TimeoutError``: a handler may raise that itself."""
 
 
 class WorkerProcess:
@@ -70,8 +70,7 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._thread: threading.Thread | None = None
-        self._inboxes: dict[int, queue.SimpleQueue[_Answer]] = {}
-        self._next_id = 1
+        self._inboxes = Inboxes()
         self._introduced = threading.Event()
         """The first message was sent; requests may follow."""
         self._up = False
@@ -161,8 +160,8 @@ class WorkerProcess:
             return  # it goes on to see the end
         if not self._ended.wait(max(end - time.monotonic(), 0.0)):
             process.kill()
-            self._ended.wait(_REAP_S)
-        thread.join(_REAP_S)
+            self._ended.wait(REAP_S)
+        thread.join(REAP_S)
 
     def _ask_to_end(self, channel: Channel, first: bool, end: float) -> bool:
         if not first:
@@ -205,7 +204,7 @@ class WorkerProcess:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._turns.acquire(timeout):
-            raise self._late(kind, timeout, "waiting for its turn")
+            raise late(str(self), self.settings.rank, kind, timeout, "waiting for its turn")
         try:
             return self._call(kind, body, descriptors, on_progress, deadline, timeout)
         finally:
@@ -223,29 +222,18 @@ class WorkerProcess:
         with self._lock:
             self._refuse_if_closed()
             if self._end is not None:
-                raise self._died(None)
+                raise again(self._end)
             if self._channel is None:
                 raise UsageError(f"{self} was not started", hint="call start() first")
-            request_id, self._next_id = self._next_id, self._next_id + 1
-            inbox: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
-            self._inboxes[request_id] = inbox
             channel = self._channel
+        request_id, inbox = self._inboxes.open()
         doing = f'request {request_id} ("{kind}")'
         try:
-            if not self._introduced.wait(_left(deadline)):
-                raise TimeoutError
-            try:
-                channel.send(
-                    encode(Request(id=request_id, kind=kind)), body, descriptors, deadline=deadline
-                )
-            except PeerGone:
-                # Its last words, an answer even, may be on their way; the end is.
-                if not self._ended.wait(_REAP_S):
-                    self._kill()
+            self._send(channel, Request(id=request_id, kind=kind), body, descriptors, deadline)
             while True:
-                answer = inbox.get(timeout=_left(deadline))
+                answer = _next(inbox, deadline)
                 if answer is None:
-                    raise self._died(doing)
+                    raise again(self._end, doing)
                 message, data = answer
                 if isinstance(message, Response):
                     return data
@@ -253,13 +241,31 @@ class WorkerProcess:
                     raise raised_by(message, data, str(self))
                 if on_progress is not None:
                     on_progress(data)
-        except (TimeoutError, queue.Empty):
+        except _Late:
             if channel.torn:
                 self._kill()  # it has half a message, and can take no other one
-            raise self._late(kind, timeout, "no answer") from None
+            raise late(str(self), self.settings.rank, kind, timeout, "no answer") from None
         finally:
-            with self._lock:
-                self._inboxes.pop(request_id, None)
+            self._inboxes.close(request_id)
+
+    def _send(
+        self,
+        channel: Channel,
+        request: Request,
+        body: bytes,
+        descriptors: Sequence[int],
+        deadline: float | None,
+    ) -> None:
+        if not self._introduced.wait(_left(deadline)):
+            raise _Late
+        try:
+            channel.send(encode(request), body, descriptors, deadline=deadline)
+        except TimeoutError:
+            raise _Late from None
+        except PeerGone:
+            # Its last words, an answer even, may be on their way; the end is.
+            if not self._ended.wait(REAP_S):
+                self._kill()
 
     # -- the other thread ----------------------------------------------------------------------
 
@@ -273,9 +279,11 @@ class WorkerProcess:
         except Exception as error:  # a message that cannot be read: nothing more can be
             problem = f"{type(error).__name__}: {error}"
             process.kill()
-        status = _reap(process)
+        status = reap(process)
         if self._up:
-            end = WorkerError(f"{self} {status}", hint="look at what it printed last")
+            end = WorkerError(
+                f"{self} {status}", rank=self.settings.rank, hint="look at what it printed last"
+            )
             if problem:
                 end.add_note(problem)
         else:
@@ -326,20 +334,14 @@ class WorkerProcess:
                 self._up = True
                 _settle(self.started, self.pid)
             elif isinstance(message, Progress | Response | Failed):
-                with self._lock:
-                    inbox = self._inboxes.get(message.id)
-                if inbox is not None:  # else nobody waits for it any more
-                    inbox.put((message, frame.body))
+                self._inboxes.deliver(message.id, message, frame.body)
 
     def _finish(self, end: WorkerError) -> None:
         with self._lock:
-            if self._end is None:
-                self._end = end
-            inboxes = list(self._inboxes.values())
+            self._end = self._end or end
         self._ended.set()
         self._introduced.set()
-        for inbox in inboxes:
-            inbox.put(None)
+        self._inboxes.end()
         _settle(self.started, end)
 
     # -- words ---------------------------------------------------------------------------------
@@ -351,28 +353,6 @@ class WorkerProcess:
     def _not_started(self, why: str) -> WorkerError:
         return WorkerError(
             f"{self} did not start: {why}", kind="worker_start", rank=self.settings.rank
-        )
-
-    def _died(self, doing: str | None) -> WorkerError:
-        """The end, as a new exception for each who asks."""
-        end = self._end
-        if end is None:
-            end = WorkerError(f"{self} is gone")
-        during = f", with {doing} in flight" if doing else ""
-        error = WorkerError(
-            end.message + during, kind=end.kind, rank=self.settings.rank, hint=end.hint
-        )
-        for note in getattr(end, "__notes__", ()):
-            error.add_note(note)
-        return error
-
-    def _late(self, kind: str, timeout: float | None, what: str) -> WorkerError:
-        limit = f"{timeout:.3g} s" if timeout is not None else "no time at all"
-        return WorkerError(
-            f'{self}: {what} to "{kind}" within {limit}',
-            kind="timeout",
-            rank=self.settings.rank,
-            hint="the worker still works on it, or on what came before",
         )
 
     def _refuse_if_closed(self) -> None:
@@ -400,22 +380,6 @@ class WorkerProcess:
         self.close()
 
 
-def _reap(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a process that is on its way out, and say how it went."""
-    try:
-        code = process.wait(_REAP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
-    if code >= 0:
-        return f"ended with exit status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}"
-
-
 def _settle(future: Future[int], outcome: Any) -> None:
     """Set the future, unless it is set, or was cancelled by whoever has it."""
     try:
@@ -431,6 +395,13 @@ def _close(channel: Channel, descriptor: int | None) -> None:
     channel.close()
     if descriptor is not None:
         os.close(descriptor)
+
+
+def _next(inbox: Inbox, deadline: float | None) -> tuple[FromWorker, bytes] | None:
+    try:
+        return inbox.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise _Late from None
 
 
 def _left(deadline: float | None) -> float | None:

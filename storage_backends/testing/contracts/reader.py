@@ -169,7 +169,9 @@ class StorageReaderContract(PlaceFixtures):
     def test_nothing_to_read(self, make_reader: MakeReader, stored: dict[str, Any]) -> None:
         load_by_hand([LoadingRank(make_reader(), {})])
 
-    def test_a_load_planner_that_fails(self, make_reader: MakeReader, stored: dict[str, Any]) -> None:
+    def test_a_load_planner_that_fails(
+        self, make_reader: MakeReader, stored: dict[str, Any]
+    ) -> None:
         reader = make_reader()
         rank = LoadingRank(reader, empty_state())
         rank.planner.fail = True

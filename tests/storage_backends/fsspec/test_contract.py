@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -13,6 +12,9 @@ from storage_backends.fsspec import FsspecByteStore, open_fsspec_store
 from storage_backends.testing import ByteStoreContract
 from storage_backends.testing.contracts.fixtures import OpenStore
 from storage_backends.testing.contracts.medium import DirectoryMedium, Medium
+from storage_backends.testing.contracts.puts import PutChecks
+from storage_backends.testing.contracts.reads import ReadChecks
+from storage_backends.testing.contracts.writes import WriteChecks
 from tests.servers.s3 import KEY, SECRET, S3Server
 from tests.servers.s3_server import PAGE
 from tests.servers.sftp import SftpServer
@@ -102,13 +104,21 @@ class TestS3(ByteStoreContract):
 
     @pytest.fixture
     def url(self, s3: S3Server, bucket: str) -> str | None:
-        return (
-            f"s3://{bucket}/runs/one?endpoint_url={quote(s3.endpoint)}&key={KEY}&secret={SECRET}"
-        )
+        return s3.url(f"{bucket}/runs/one")
 
 
-class TestS3ByObstore(TestS3):
+class TestS3ByObstore(WriteChecks, PutChecks, ReadChecks):
     """A second client, in Rust, through its fsspec face."""
+
+    ROUNDS = 10
+
+    @pytest.fixture
+    def bucket(self, s3: S3Server) -> str:
+        return s3.new_bucket()
+
+    @pytest.fixture
+    def medium(self, s3: S3Server, bucket: str) -> Medium:
+        return BucketMedium(s3.client(), bucket, "runs/one")
 
     @pytest.fixture
     def open_store(self, s3: S3Server, bucket: str) -> OpenStore:
@@ -125,10 +135,6 @@ class TestS3ByObstore(TestS3):
         return lambda: open_fsspec_store(
             f"s3://{bucket}/runs/one", fs=fs, part_bytes=PART, request_bytes=1 << 20
         )
-
-    @pytest.fixture
-    def url(self) -> str | None:
-        return None
 
 
 class TestSftp(ByteStoreContract):

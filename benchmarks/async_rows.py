@@ -1,0 +1,262 @@
+"""What one rank measures for ``python -m benchmarks async``, in a process of its own.
+
+Belongs here: the rows. Does not belong here: ranks as processes, tables (``async_saves``).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dcp_engine
+from benchmarks.async_ways import AsyncWay, DcpAsync, OursAsync
+from benchmarks.io_columns import Raw, default_threads, remove
+from benchmarks.io_state import model_state, state_bytes, tensors_of
+
+__all__ = ["measure_rank"]
+
+PROCESS = dcp_engine.AsyncCheckpointerType.PROCESS
+
+
+def measure_rank(disk: str, nbytes: int, rounds: int, saves: int) -> dict[str, Any]:
+    """All rows, as medians over the rounds. Seconds and bytes."""
+    rank = dist.get_rank()
+    state = model_state(nbytes, seed=rank)
+    tensors = tensors_of(state)
+    copies = [torch.zeros_like(tensor) for tensor in tensors]
+    result: dict[str, Any] = {"bytes": state_bytes(state)}
+    result["first"] = _first_calls(state, disk)
+    result["steady"] = _steady(state, tensors, copies, disk, rounds)
+    result["training"] = _training(state, disk, max(3, rounds // 2))
+    result["memory"] = _memory(disk, saves)
+    return result
+
+
+def _first_calls(state: dict[str, Any], disk: str) -> dict[str, float]:
+    """The first call of an engine: without and with ``warmup``, against the first touch of as much
+    shared memory."""
+    touch = _first_touch(state_bytes(state))
+    found = {"first touch": touch}
+    for name, warm in (("first call", False), ("first call after warmup", True)):
+        way = OursAsync("process")
+        if warm:
+            way.engine.warmup(state)
+        dist.barrier()
+        found[name], response = _blocked(way, state, f"{disk}/first")
+        response.result()
+        later = []
+        for _ in range(3):
+            dist.barrier()
+            seconds, response = _blocked(way, state, f"{disk}/first")
+            response.result()
+            later.append(seconds)
+        if warm:
+            found["later call"] = statistics.median(later)
+        dist.barrier()
+        way.close()
+    dist.barrier()
+    begin = time.perf_counter()
+    dcp = DcpAsync("process", kept=False)
+    dcp.begin(state, f"{disk}/first-dcp").result()
+    found["DCP, first save"] = time.perf_counter() - begin
+    remove(f"{disk}/first-dcp")
+    return found
+
+
+def _first_touch(nbytes: int) -> float:
+    """Seconds for as many threads as copy to write every page of a new memfd."""
+    descriptor = os.memfd_create("touch")
+    os.ftruncate(descriptor, nbytes)
+    memory = mmap.mmap(descriptor, nbytes)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    parts = whole.split(16 << 20)
+    dist.barrier()
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(default_threads()) as pool:
+        list(pool.map(lambda part: part.fill_(1), parts))
+    seconds = time.perf_counter() - begin
+    del whole, parts
+    os.close(descriptor)
+    return seconds
+
+
+def _steady(
+    state: dict[str, Any],
+    tensors: list[torch.Tensor],
+    copies: list[torch.Tensor],
+    disk: str,
+    rounds: int,
+) -> dict[str, dict[str, float]]:
+    """Per way: seconds the caller is blocked, and until it is committed; interleaved."""
+    ways: list[AsyncWay] = [
+        OursAsync("thread"),
+        OursAsync("process"),
+        OursAsync("thread", background=True),
+        OursAsync("process", background=True),
+        DcpAsync("thread", kept=False),
+        DcpAsync("thread", kept=True),
+        DcpAsync("process", kept=False),
+        DcpAsync("process", kept=True),
+    ]
+    raw = Raw()
+    blocked: dict[str, list[float]] = {}
+    whole: dict[str, list[float]] = {}
+    rank = dist.get_rank()
+
+    def note(name: str, block: float, total: float) -> None:
+        blocked.setdefault(name, []).append(block)
+        whole.setdefault(name, []).append(total)
+
+    for number in range(-2, rounds):
+        dist.barrier()
+        begin = time.perf_counter()
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor)
+        plain = time.perf_counter() - begin
+        dist.barrier()
+        begin = time.perf_counter()
+        raw.save(state, f"{disk}/raw{rank}")
+        written = time.perf_counter() - begin
+        remove(f"{disk}/raw{rank}")
+        if number >= 0:
+            note("plain copy_", plain, plain)
+            note("raw write and fsync", written, written)
+        turn = number % len(ways)
+        for way in (*ways[turn:], *ways[:turn]):
+            path = f"{disk}/{way.name.replace(' ', '').replace(',', '-')}"
+            dist.barrier()
+            begin = time.perf_counter()
+            block, response = _blocked(way, state, path)
+            response.result()
+            total = time.perf_counter() - begin
+            dist.barrier()
+            if rank == 0:
+                remove(path)
+            if number >= 0:
+                note(way.name, block, total)
+    sent = 0
+    for way in ways:
+        if isinstance(way, OursAsync) and way.engine._async is not None:
+            sent = max(sent, way.engine._async.bytes_sent)
+        dist.barrier()
+        way.close()
+    return {
+        **{
+            name: {
+                "blocked": statistics.median(blocked[name]),
+                "to plain copy_": statistics.median(
+                    b / p for b, p in zip(blocked[name], blocked["plain copy_"], strict=True)
+                ),
+                "committed": statistics.median(whole[name]),
+                "to raw write": statistics.median(
+                    w / r for w, r in zip(whole[name], whole["raw write and fsync"], strict=True)
+                ),
+            }
+            for name in blocked
+        },
+        "bytes sent": {"second save": float(sent)},
+    }
+
+
+def _blocked(way: AsyncWay, state: dict[str, Any], path: str) -> tuple[float, Future[Any]]:
+    begin = time.perf_counter()
+    response = way.begin(state, path)
+    return time.perf_counter() - begin, response
+
+
+def _training(state: dict[str, Any], disk: str, rounds: int) -> dict[str, float]:
+    """Per way: iterations of a training loop a second while a save is in flight, as a share of
+    those without one."""
+    ways: list[AsyncWay] = [
+        OursAsync("thread"),
+        OursAsync("process"),
+        DcpAsync("thread", kept=True),
+        DcpAsync("process", kept=True),
+    ]
+    step = _training_step()
+    shares: dict[str, list[float]] = {way.name: [] for way in ways}
+    rank = dist.get_rank()
+    for number in range(-1, rounds):
+        for way in ways:
+            alone = _rate(step, lambda begin: time.perf_counter() - begin > 0.5)
+            dist.barrier()
+            path = f"{disk}/training"
+            response = way.begin(state, path)
+            beside = _rate(step, lambda _, r=response: r.done())  # type: ignore[misc]
+            response.result()
+            dist.barrier()
+            if rank == 0:
+                remove(path)
+            dist.barrier()
+            if number >= 0:
+                shares[way.name].append(beside / alone)
+    for way in ways:
+        dist.barrier()
+        way.close()
+    return {name: statistics.median(values) for name, values in shares.items()}
+
+
+def _training_step() -> Callable[[], None]:
+    """Matrix products, and Python work of about the same time."""
+    left, right = torch.randn(384, 384), torch.randn(384, 384)
+
+    def step() -> None:
+        (left @ right).relu_().sum()
+        table: dict[int, int] = {}
+        for i in range(4000):
+            table[i % 97] = table.get(i % 97, 0) + i
+
+    return step
+
+
+def _rate(step: Callable[[], None], over: Callable[[float], bool]) -> float:
+    begin = time.perf_counter()
+    count = 0
+    while count < 3 or not over(begin):
+        step()
+        count += 1
+    return count / (time.perf_counter() - begin)
+
+
+def _memory(disk: str, saves: int) -> dict[str, float]:
+    """Bytes that this process and its worker have (shared ones by halves), and descriptors, after
+    ten saves and after all; and bytes of the arena."""
+    state = {f"w{i}": torch.full((256, 1024), float(i)) for i in range(64)}
+    path = f"{disk}/memory"
+    way = OursAsync("process")
+    found: dict[str, float] = {"state": float(state_bytes(state)), "saves": float(saves)}
+    for number in range(saves):
+        way.begin(state, path).result()
+        if number == min(9, saves - 1):
+            found.update({f"{name} after ten": v for name, v in _present(way).items()})
+    found.update({f"{name} after all": v for name, v in _present(way).items()})
+    dist.barrier()
+    way.close()
+    return found
+
+
+def _present(way: OursAsync) -> dict[str, float]:
+    saver, pid = way.engine._async, way.engine.worker_pid
+    assert saver is not None
+    assert pid is not None
+    return {
+        "bytes": _proportional_bytes(os.getpid()) + _proportional_bytes(pid),
+        "descriptors": float(len(os.listdir("/proc/self/fd")) + len(os.listdir(f"/proc/{pid}/fd"))),
+        "arena": float(saver._stager.arenas.present()),
+    }
+
+
+def _proportional_bytes(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return float(line.split()[1]) * 1024
+    return 0.0
