@@ -1,4 +1,4 @@
-"""Saves and loads against the raw floor, torch's DCP, torch.save and safetensors.
+"""Saves and loads against the raw floor, torch's DCP, torch.save, safetensors and others.
 
 All columns of a case run interleaved in one process (or in one set of ranks), with memory kept
 and reused, after a warm-up; medians, spread, wall and processor time.
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.io_cases import FLOOR, Case, Setting, one_process, several_ranks
+import torch
+
+from benchmarks.io_case import FLOOR, Case, Setting
+from benchmarks.io_cases import one_process
+from benchmarks.io_device import device_rows
 from benchmarks.io_plot import bar_chart
+from benchmarks.io_rank_cases import several_ranks
+from benchmarks.io_rivals import missing_rivals
+from benchmarks.io_targets import io_targets
 from benchmarks.measure import processor_ratio, ratio
 from benchmarks.report import machine, markdown_table, number, write_json
 
@@ -41,9 +47,11 @@ def main(options: argparse.Namespace) -> int:
     size, rounds = (64, 3) if options.quick else (options.size, options.rounds)
     about = machine()
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    for package in ("torchsnapshot", "torch_checkpointing"):
-        if importlib.util.find_spec(package) is None:
-            print(f"{package}: not installed, not measured")
+    absent = missing_rivals()
+    if not torch.cuda.is_available():
+        absent["rows of a device"] = "torch sees no CUDA device"
+    for what, why in absent.items():
+        print(f"not measured: {what}: {why}")
     print(f"state: {size} MiB, {rounds} rounds\n")
     cases: list[Case] = []
     with (
@@ -52,26 +60,47 @@ def main(options: argparse.Namespace) -> int:
     ):
         setting = Setting(size=size << 20, rounds=rounds, disk=disk, memory=memory)
         for case in _cases(options, setting):
-            if options.case in case.name:
-                cases.append(case)
-                print(f"### {case.name}\n\n{_table(case)}\n", flush=True)
+            cases.append(case)
+            print(f"### {case.name}\n\n{_table(case)}\n", flush=True)
+    targets = list(io_targets(cases))
+    print("### Targets\n\n" + "\n".join(target.line() for target in targets))
     if options.plots:
         _plot(cases, Path(options.plots))
-    content = {"machine": about, "size": size << 20, "rounds": rounds}
-    write_json(options.json, {**content, "cases": [dataclasses.asdict(case) for case in cases]})
+    write_json(
+        options.json,
+        {
+            "machine": {**about, "load average at the end": machine()["load average at the start"]},
+            "not measured": absent,
+            "size": size << 20,
+            "rounds": rounds,
+            "cases": [dataclasses.asdict(case) for case in cases],
+            "targets": [dataclasses.asdict(target) for target in targets],
+        },
+    )
     return 0
 
 
 def _cases(options: argparse.Namespace, setting: Setting) -> Iterable[Case]:
+    def wanted(name: str) -> bool:
+        return options.case in name
+
     if options.only != "ranks":
-        yield from one_process(setting)
+        yield from one_process(setting, wanted)
+        yield from device_rows(setting, wanted)
     if options.only != "one":
-        yield from several_ranks(setting)
+        yield from several_ranks(setting, wanted)
 
 
 def _table(case: Case) -> str:
     names = [*case.columns, *(name for name in case.counts if name not in case.columns)]
-    return markdown_table(COLUMNS, [_row(case, name) for name in names])
+    rows = [_row(case, name) for name in names]
+    # Columns that nothing is in say nothing.
+    kept = [at for at in range(len(COLUMNS)) if any(row[at] for row in rows)]
+    return markdown_table(_at(COLUMNS, kept), [_at(row, kept) for row in rows])
+
+
+def _at(cells: Sequence[str], kept: Sequence[int]) -> list[str]:
+    return [cells[at] for at in kept]
 
 
 def _row(case: Case, name: str) -> list[str]:
@@ -80,7 +109,7 @@ def _row(case: Case, name: str) -> list[str]:
     if measured is None:
         return [name, *[""] * (len(COLUMNS) - 2), counted]
     if case.tensors > 10_000:
-        each = f"{number(measured.processor.median / case.tensors * 1e6)} us CPU a tensor"
+        each = f"{number(measured.wall.median / case.tensors * 1e6)} us a tensor"
         counted = "; ".join(filter(None, (each, counted)))
     floor = FLOOR in case.columns
     return [
@@ -104,5 +133,7 @@ def _plot(cases: Iterable[Case], directory: Path) -> None:
             for name, measured in case.columns.items()
         }
         if bars:
-            file = "".join(c if c.isalnum() else "-" for c in case.name).strip("-")
-            (directory / f"io-{file}.svg").write_text(bar_chart(case.name, bars, "GB/s"))
+            file = "".join(c if c.isalnum() else "-" for c in case.name)
+            while "--" in file:
+                file = file.replace("--", "-")
+            (directory / f"io-{file.strip('-')}.svg").write_text(bar_chart(case.name, bars, "GB/s"))

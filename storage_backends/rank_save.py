@@ -17,7 +17,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from dcp_engine.errors import CheckpointError, ConflictError, StorageError, UsageError
+from dcp_engine.errors import CheckpointError, ConflictError, UsageError
 from dcp_engine.format.digest import encode_digests, xxh3_128_hex
 from dcp_engine.format.manifest import ExtraFile, encode_user_metadata
 from dcp_engine.format.names import (
@@ -110,7 +110,7 @@ class RankSave:
         if ticket.world_size > 1:
             require_shared(store, f"{ticket.world_size} ranks save together")
         if ticket.by_worker:
-            require_shared(store, "a worker process was to write there")
+            require_shared(store, "a worker process was to write there; save by a thread")
         self._extra_names()
         encode_user_metadata(ticket.user_metadata)
         with writing(store, "look for a checkpoint", file=self._manifest_name):

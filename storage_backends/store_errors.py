@@ -24,7 +24,7 @@ def require_shared(store: ByteStore, others: str) -> None:
             f"{type(store).__name__} is seen by one process only, and {others}",
             kind="unsupported_storage",
             checkpoint=store.url,
-            hint="choose a storage that all ranks share",
+            hint="choose a storage that all of them share",
         )
 
 

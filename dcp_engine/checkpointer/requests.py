@@ -102,7 +102,7 @@ def fill(
     emptied = [
         leaf
         for leaf in _leaves(request.root)
-        if leaf.target and isinstance(leaf.target, Mapping) and values.get(leaf.name) == {}
+        if isinstance(leaf.target, Mapping) and leaf.target and values.get(leaf.name) == {}
     ]
     kept = {leaf.name for leaf in emptied}
     values = {name: value for name, value in values.items() if name not in kept}
@@ -239,6 +239,9 @@ def _filled(node: _Node, values: Mapping[str, Any]) -> Any:
     if isinstance(node, _Leaf):
         return values.get(node.name, node.target)
     made = {key: _filled(child, values) for key, child in node.children}
+    nothing = node.target is None or node.target is ABSENT
+    if nothing and made and all(value is ABSENT for value in made.values()):
+        return node.target  # all of it was skipped
     if node.kind == "dict":
         if isinstance(node.target, MutableMapping):
             node.target.update({k: v for k, v in made.items() if v is not ABSENT})

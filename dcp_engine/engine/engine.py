@@ -220,16 +220,23 @@ class Engine:
         self,
         state_dict: STATE_DICT_TYPE,
         *,
+        checkpoint_id: CheckpointId = None,
         async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.PROCESS,
     ) -> None:
         """Make ready for asynchronous saves of ``state_dict``, so that the first costs training
-        no more than the later ones: spawn the worker, size and touch the staging memory. Every
-        rank that will save calls it; it says nothing to the other ranks but to open the session.
+        no more than the later ones: spawn the worker, size and touch the staging memory, import
+        the storage backend. Every rank that will save calls it; it says nothing to the other ranks
+        but to open the session.
 
+        Args:
+            state_dict: of the size and shape of what will be saved.
+            checkpoint_id: a place of the kind that will be saved to; by default a local path.
+            async_checkpointer_type: who will save.
         Raises:
             StagingError: too little memory (kind ``out_of_memory``).
         """
         kind = AsyncCheckpointerType(async_checkpointer_type)
+        self._registry.backend(os.curdir if checkpoint_id is None else checkpoint_id)
         self._session_for(no_dist=False)
         self._async_saver(self._place(no_dist=False)).warmup(state_dict, kind=kind)
 

@@ -83,7 +83,7 @@ def test_a_barrier_of_ones_own_is_found_by_its_type() -> None:
 
 
 def test_an_unknown_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(UsageError, match="'tcpstore'.*dist_barrier, tcp_store") as caught:
+    with pytest.raises(UsageError, match=r"'tcpstore'.*dist_barrier, tcp_store") as caught:
         create_barrier_from_config(BarrierConfig("tcpstore"))
     assert isinstance(caught.value, ValueError)
 
@@ -94,7 +94,7 @@ def test_what_is_no_barrier_is_not_registered() -> None:
 
     with pytest.raises(UsageError, match="NoType has no barrier_type"):
         register_barrier(NoType)
-    with pytest.raises(UsageError, match="not a dcp_engine.Barrier"):
+    with pytest.raises(UsageError, match=r"not a dcp_engine\.Barrier"):
         register_barrier(dict)  # type: ignore[type-var]
 
 
@@ -125,9 +125,8 @@ def test_the_rank_comes_from_the_config_or_from_the_caller() -> None:
     made = on_ranks(2, lambda rank: create_barrier_from_config(config, RankInfo(rank, 2)))
     assert on_ranks(2, lambda rank: made[rank].execute_barrier()) == [None, None]
     told = BarrierConfig("tcp_store", {"global_rank": 0, "global_world_size": 1, **args})
-    for barrier in made:
-        barrier.close()
-    del made
+    while made:
+        made.pop().close()
     gc.collect()  # the store ends with its owner, and the port is free
     alone = create_barrier_from_config(told)
     assert alone is not None

@@ -123,9 +123,9 @@ def test_a_closed_writer_refuses_and_closes_its_barrier(tmp_path: Path) -> None:
 def test_one_of_several_writers_without_a_way_to_the_others_is_told_the_choices(
     tmp_path: Path,
 ) -> None:
-    with CheckpointWriter(FAST, RankInfo(1, 2)) as writer:
-        with pytest.raises(UsageError, match="one of 2 and knows no way") as caught:
-            writer.write(tmp_path / "c", {"a": 1})
+    writer = CheckpointWriter(FAST, RankInfo(1, 2))
+    with writer, pytest.raises(UsageError, match="one of 2 and knows no way") as caught:
+        writer.write(tmp_path / "c", {"a": 1})
     for choice in ("tcp_store", "torch.distributed", "subprocess_init_fn", "RankInfo(0, 1)"):
         assert choice in str(caught.value)
     assert not (tmp_path / "c").exists()

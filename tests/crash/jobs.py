@@ -138,6 +138,8 @@ def _tried(call: Callable[[], object]) -> str | None:
 
 def with_few_descriptors(say: Callable[..., None], path: str, value: float, most: int) -> None:
     """Save ``value`` and load, with 0, 1, ... ``most`` descriptors left; say what became of it."""
+    assert save_alone(path, value) is None  # what is imported at the first save is, by now
+    assert load_alone(path) == value
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     for left in range(most + 1):
@@ -166,6 +168,9 @@ def large(value: float) -> torch.Tensor:
 def with_little_memory(say: Callable[..., None], path: str, value: float, spare: int) -> None:
     """Save and load with ``spare`` bytes of address space left."""
     tensor, into = large(value), large(-1.0)
+    # What is imported at the first save is, by then.
+    dcp.save({"w": torch.ones(1)}, checkpoint_id=f"{path} warm", no_dist=True)
+    dcp.load({"w": torch.ones(1)}, checkpoint_id=f"{path} warm", no_dist=True)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + spare, hard))

@@ -15,7 +15,7 @@ __all__ = ["remount", "tmpfs"]
 
 @contextmanager
 def tmpfs(place: Path, options: str) -> Iterator[Path]:
-    """A tmpfs at ``place``, with mount ``options``. Skips the test where mounting is not allowed."""
+    """A tmpfs at ``place``, mounted with ``options``. Skips the test where that is not allowed."""
     place.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"{options},mode=0777", "tmpfs", str(place)]
     try:

@@ -22,7 +22,13 @@ from storage_backends.testing.crash.interception import recording
 from storage_backends.testing.crash.operations import Record
 from storage_backends.testing.crash.persistence import Bounds
 from storage_backends.testing.crash.recorder import Recorder, RecordError
-from storage_backends.testing.crash.rules import always, one_of_several, one_save, shares
+from storage_backends.testing.crash.rules import (
+    always,
+    one_after_another,
+    one_of_several,
+    one_save,
+    shares,
+)
 from storage_backends.testing.crash.turns import Turns, interleavings
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "Violation",
     "always",
     "interleavings",
+    "one_after_another",
     "one_of_several",
     "one_save",
     "recording",

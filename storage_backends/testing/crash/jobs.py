@@ -13,6 +13,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
     "CHECKPOINT",
     "LABELS",
     "NONE",
+    "async_saver",
     "content",
     "frozen",
     "label_of",
@@ -49,8 +51,8 @@ __all__ = [
     "save_together",
 ]
 
-CHECKPOINT = "ckpt"
-"""Where checkpoints lie below the recorded directory; made by the save itself."""
+CHECKPOINT = "runs/step-1"
+"""Where checkpoints lie below the recorded directory; made by the save itself, parents too."""
 LABELS = ("old", "new", "other", "next")
 """The words; each has values of its own."""
 NONE = "none"
@@ -168,6 +170,19 @@ def save_alone(
             extra_files={"notes/config.json": label.encode() * 100},
             keep_replaced=keep_replaced,
         )
+
+
+@contextmanager
+def async_saver(root: Path) -> Iterator[Callable[[dict[str, Any]], Future[Any]]]:
+    """Starts asynchronous saves of states, one after the other, in a thread."""
+    with Engine() as engine:
+
+        def start(state: dict[str, Any]) -> Future[Any]:
+            return engine.async_save(
+                state, storage_writer=_writer(root), no_dist=True, user_metadata=_NOTE
+            )
+
+        yield start
 
 
 def save_share(root: Path, label: str, rank: int, world_size: int, token: str) -> None:

@@ -76,6 +76,7 @@ class _Showing:
         if place.exists():
             place.rename(self._root / f"gone {self._changes}")
         if made.exists():
+            place.parent.mkdir(exist_ok=True)
             made.rename(place)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["Rule", "always", "one_of_several", "one_save", "shares"]
+__all__ = ["Rule", "always", "one_after_another", "one_of_several", "one_save", "shares"]
 
 Rule = Callable[[Sequence[str]], frozenset[str]]
 """The words that are right after the marks so far."""
@@ -42,6 +42,16 @@ def one_of_several(before: str, labels: Sequence[str]) -> Rule:
         if not _told(marks, "returned"):
             allowed.add(before)
         return frozenset(allowed)
+
+    return rule
+
+
+def one_after_another(labels: Sequence[str]) -> Rule:
+    """Saves that each wait for the one before: nothing older than the last that returned."""
+
+    def rule(marks: Sequence[str]) -> frozenset[str]:
+        returned = [labels.index(label) for label in _told(marks, "returned")]
+        return frozenset(labels[max(returned, default=0) :])
 
     return rule
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from storage_backends.testing.crash.async_saves import async_overwrites
 from storage_backends.testing.crash.failing_saves import (
     failing_first_save,
     failing_for_good,
@@ -59,6 +60,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         shares_first,
         shares_over_incomplete,
         overwrite_shares,
+        async_overwrites,
         load_beside_saves,
         load_beside_first_save,
     )

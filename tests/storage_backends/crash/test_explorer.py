@@ -21,6 +21,7 @@ from storage_backends.testing.crash import (
     Turns,
     always,
     interleavings,
+    one_after_another,
     one_of_several,
     one_save,
     shares,
@@ -231,6 +232,10 @@ def test_rules() -> None:
     assert several([]) == {"old", "a", "b"}
     assert several(["failed:a"]) == {"old", "b"}
     assert several(["failed:a", "returned:b"]) == {"b"}
+    after = one_after_another(["old", "a", "b"])
+    assert after([]) == {"old", "a", "b"}
+    assert after(["returned:a"]) == {"a", "b"}
+    assert after(["returned:a", "returned:b"]) == {"b"}
     assert shares("none", "new", 2)(["returned:new"]) == {"none", "new"}
     assert shares("none", "new", 2)(["returned:new"] * 2) == {"new"}
     assert always("old")(["returned:new"]) == {"old"}

@@ -31,6 +31,7 @@ STATES = {
     "shares_first": 1200,
     "shares_over_incomplete": 1000,
     "overwrite_shares": 500,
+    "async_overwrites": 800,
     "load_beside_saves": 200,
     "load_beside_first_save": 100,
 }
