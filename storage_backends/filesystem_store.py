@@ -159,6 +159,10 @@ class FileSystemStore(ByteStore):
         while not os.path.isdir(path):
             missing.append(path)
             path = os.path.dirname(path)
+        if missing:
+            # Another save may have made ``path`` this moment, and not its name durable yet.
+            with suppress(PermissionError):
+                self._sync_path(os.path.dirname(path))
         for path in reversed(missing):
             # Another rank may be faster; a file in the way is the error it should be.
             with suppress(FileExistsError):

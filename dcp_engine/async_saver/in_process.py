@@ -12,10 +12,11 @@ message but one: its parent says that the rank failed.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -66,6 +67,19 @@ class Parcel:
     snapshot: ColumnSnapshot | StateSnapshot
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Employed:
+    """A worker, and what it has."""
+
+    worker: WorkerProcess
+    arenas: set[int] = field(default_factory=set)
+    """Names of those whose descriptors it was sent."""
+
+    def missing(self, name: int, arena: Arena) -> list[int]:
+        """The descriptor of ``arena``, unless it was sent."""
+        return [] if name in self.arenas else [arena.fileno()]
+
+
 class ProcessSaver:
     """Saves by a worker process, one save at a time. ``start`` and ``close`` may be called from
     any thread.
@@ -77,9 +91,7 @@ class ProcessSaver:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._lock = threading.Lock()
-        self._worker: WorkerProcess | None = None
-        self._sent: set[int] = set()
-        """Names of arenas whose descriptors the present worker has."""
+        self._employed: _Employed | None = None
         self._generation = 0
         self._forget = False
         self._closed = False
@@ -89,24 +101,26 @@ class ProcessSaver:
     @property
     def pid(self) -> int | None:
         """Of the present worker."""
-        worker = self._worker
-        return None if worker is None or not worker.alive else worker.pid
+        employed = self._employed
+        return None if employed is None or not employed.worker.alive else employed.worker.pid
 
-    def start(self) -> WorkerProcess:
+    def start(self) -> None:
         """Have a worker, or one on its way; returns at once."""
+        self._present()
+
+    def _present(self) -> _Employed:
         with self._lock:
-            if self._worker is None or not self._worker.alive:
-                if self._worker is not None:
-                    self._worker.close()
-                self._worker = WorkerProcess(
-                    WorkerSettings(
-                        handler=_HANDLER, name=f"dcp_engine-saver-{self._rank}", rank=self._rank
-                    )
-                )
-                self._sent = set()
-            if not self._closed:
-                self._worker.start()
-            return self._worker
+            if self._closed:
+                raise WorkerError("the engine is closed, and its worker with it")
+            employed = self._employed
+            if employed is None or not employed.worker.alive:
+                if employed is not None:
+                    employed.worker.close()
+                name = f"dcp_engine-saver-{self._rank}"
+                settings = WorkerSettings(handler=_HANDLER, name=name, rank=self._rank)
+                employed = self._employed = _Employed(worker=WorkerProcess(settings))
+            employed.worker.start()
+            return employed
 
     def forget_plans(self) -> None:
         """The next save plans anew."""
@@ -114,10 +128,11 @@ class ProcessSaver:
 
     def touch(self, arena: Arena, touched: int) -> None:
         """Have the worker map ``arena``, and ``touched`` bytes of it in its page tables."""
-        worker = self.start()
-        request = TouchRequest(arena=id(arena), arena_size=arena.size, touched=touched)
-        worker.call(TOUCH, encode(request), descriptors=self._descriptors(arena))
-        self._sent.add(id(arena))
+        name = _name_of(arena)
+        request = TouchRequest(arena=name, arena_size=arena.size, touched=touched)
+        employed = self._present()
+        employed.worker.call(TOUCH, encode(request), descriptors=employed.missing(name, arena))
+        employed.arenas.add(name)
 
     def pack(self, job: SaveJob, snapshot: ColumnSnapshot | StateSnapshot) -> Parcel:
         """What ``save`` will send, on the calling thread; the copy may still be under way.
@@ -137,7 +152,7 @@ class ProcessSaver:
             options=dumps(job.options),
             rank=job.group.rank,
             world_size=job.world_size,
-            arena=id(staging.arena),
+            arena=_name_of(staging.arena),
             arena_size=staging.arena.size,
             part=_part(snapshot),
             generation=0,
@@ -158,9 +173,12 @@ class ProcessSaver:
         timeout = job.options.deadlines.timeout
         try:
             answer = self._ask_living(request, arena, news, timeout)
-            if answer.unknown_structure and isinstance(parcel.snapshot, ColumnSnapshot):
-                request.part = _part(parcel.snapshot, whole=True)
-                answer = self._ask(self.start(), request, arena, news, timeout)
+            while answer.unknown_structure or answer.unknown_arena:
+                if answer.unknown_structure:
+                    request.part = _part(parcel.snapshot, whole=True)
+                else:
+                    self._present().arenas.discard(request.arena)
+                answer = self._ask(request, arena, news, timeout)
         except WorkerError as error:
             self._give_up_worker()
             record = settle_dead_worker(
@@ -181,9 +199,9 @@ class ProcessSaver:
         """End the worker; a save that is under way in it fails. Any number of times."""
         with self._lock:
             self._closed = True
-            worker = self._worker
-        if worker is not None:
-            worker.close(timeout)
+            employed = self._employed
+        if employed is not None:
+            employed.worker.close(timeout)
 
     def _ask_living(
         self, request: SaveRequest, arena: Arena, news: _News, timeout: float | None
@@ -191,46 +209,44 @@ class ProcessSaver:
         """Ask; once more if the worker was dead already. One that says nothing has not begun: its
         first words come before its first message to other ranks."""
         try:
-            return self._ask(self.start(), request, arena, news, timeout)
+            return self._ask(request, arena, news, timeout)
         except WorkerError as error:
             if news.phase or error.kind != "worker_died":
                 raise
             logger.warning("the worker is replaced: %s", error.message)
         self._give_up_worker()
-        return self._ask(self.start(), request, arena, news, timeout)
+        return self._ask(request, arena, news, timeout)
 
     def _ask(
-        self,
-        worker: WorkerProcess,
-        request: SaveRequest,
-        arena: Arena,
-        news: _News,
-        timeout: float | None,
+        self, request: SaveRequest, arena: Arena, news: _News, timeout: float | None
     ) -> SaveAnswer:
         body = encode(request)
         self.bytes_sent = len(body)
-        answer = worker.call(
+        employed = self._present()
+        answer = employed.worker.call(
             SAVE,
             body,
-            descriptors=self._descriptors(arena),
+            descriptors=employed.missing(request.arena, arena),
             on_progress=news,
             timeout=None if timeout is None else timeout + _SLACK,
         )
-        self._sent.add(id(arena))
+        employed.arenas.add(request.arena)
         return decode(answer, SaveAnswer)
-
-    def _descriptors(self, arena: Arena) -> list[int]:
-        return [] if id(arena) in self._sent else [arena.fileno()]
 
     def _give_up_worker(self) -> None:
         """It is dead, or does not answer; the next one starts now, to be ready in time."""
         with self._lock:
-            worker, self._worker = self._worker, None
+            employed, self._employed = self._employed, None
             closed = self._closed
-        if worker is not None:
-            worker.close(0)
+        if employed is not None:
+            employed.worker.close(0)
         if not closed:
             self.start()
+
+
+def _name_of(arena: Arena) -> int:
+    """One that no other memory has for as long as any process holds this one: its inode."""
+    return os.fstat(arena.fileno()).st_ino
 
 
 class _News:

@@ -103,6 +103,8 @@ class SaveAnswer(msgspec.Struct, array_like=True):
 
     unknown_structure: bool = False
     """Nothing was done: ask again with the structure."""
+    unknown_arena: bool = False
+    """Nothing was done: ask again with the arena's descriptor."""
     generation: int = 0
     record: CommitRecord | None = None
     metadata: bytes = b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class AsyncSaver:
         self._thread = OrderedThread("dcp_engine-async-saves")
         self._process = ProcessSaver(rank)
         self._responses: list[AsyncSaveResponse] = []
+        self._reported: set[Future[None]] = set()
+        """Stagings whose end ``wait_for_staging`` has told."""
         self._closed = False
 
     @property
@@ -129,7 +132,10 @@ class AsyncSaver:
             raise StagingError(
                 f"staging took longer than {timeout} s", kind="timeout", hint="wait longer"
             )
-        for staging in done:
+        # Once: a step that cannot be repeated must not fail for what another one was told.
+        new = [staging for staging in done if staging not in self._reported]
+        self._reported = set(stagings) & (self._reported | done)
+        for staging in new:
             staging.result()
 
     def clear_plan_cache(self) -> None:

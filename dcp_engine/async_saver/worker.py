@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ from dcp_engine.storage import StorageWriter
 __all__ = ["SaveHandler", "make_handler"]
 
 _STRUCTURES = 4
+_ARENAS = 8
+"""Kept mapped. The memory of a stager that its owner has dropped stays until then."""
 _NEWS_INTERVAL = 0.2
 """Seconds between two messages about bytes written."""
 
@@ -64,7 +67,7 @@ class SaveHandler(Handler):
 
     def __init__(self) -> None:
         self._places: dict[bytes, _Place] = {}
-        self._arenas: dict[int, Arena] = {}
+        self._arenas: OrderedDict[int, Arena] = OrderedDict()
         self._structures: PlanCache[bytes, ColumnStructure] = PlanCache(_STRUCTURES)
 
     def handle(self, request: WorkerRequest) -> bytes:
@@ -83,20 +86,29 @@ class SaveHandler(Handler):
 
     def _touch(self, touch: TouchRequest, request: WorkerRequest) -> None:
         arena = self._arena(touch.arena, touch.arena_size, request)
-        arena.touch(touch.touched)
+        if arena is not None:
+            arena.touch(touch.touched)
 
-    def _arena(self, name: int, size: int, request: WorkerRequest) -> Arena:
+    def _arena(self, name: int, size: int, request: WorkerRequest) -> Arena | None:
+        """The arena of that name; None if its descriptor is needed."""
         if request.descriptors:
             old = self._arenas.pop(name, None)
             if old is not None:
                 old.close()
             self._arenas[name] = Arena.attach(request.descriptors[0], size)
-        arena = self._arenas[name]
-        arena.extend(size)
+            if len(self._arenas) > _ARENAS:
+                _, unused = self._arenas.popitem(last=False)
+                unused.close()
+        arena = self._arenas.get(name)
+        if arena is not None:
+            self._arenas.move_to_end(name)
+            arena.extend(size)
         return arena
 
     def _save(self, save: SaveRequest, request: WorkerRequest) -> SaveAnswer:
         arena = self._arena(save.arena, save.arena_size, request)
+        if arena is None:
+            return SaveAnswer(unknown_arena=True)
         part = save.part
         if isinstance(part, ColumnPart):
             if part.structure is not None:

@@ -151,8 +151,8 @@ class AsyncCheckpointer(Checkpointer):
         Raises:
             BaseException: what the write before this one failed with, once; nothing of this save
                 is done then.
-            UnsupportedStateError, StagingError: the state cannot be copied. The other ranks' save
-                fails by the same.
+            UnsupportedStateError, StagingError: the state cannot be copied, or not be sent to
+                another process. The other ranks' writes fail by the same.
         """
         if self._closed:
             raise UsageError("the checkpointer is closed", checkpoint=path, hint="make a new one")
@@ -163,7 +163,7 @@ class AsyncCheckpointer(Checkpointer):
             staged = self._stager.stage(state_dict, **kwargs)
         except BaseException as error:
             # The others may be about to begin this write: it counts on all ranks.
-            self._process.write(_failed(error), path, **kwargs)
+            self._process.write(_failed(error), path)
             raise
         self._write_future = self._process.write(staged, path, **kwargs)
         return wrap_future(staged), self._write_future

@@ -6,6 +6,7 @@ belong here: copying (``staging``) and sending (``checkpoint_process``).
 
 from __future__ import annotations
 
+import abc
 import weakref
 from concurrent.futures import Future
 from typing import Any
@@ -57,46 +58,47 @@ class ArenaNumbers:
         self._sent.clear()
 
 
-class HeldState:
-    """A state dict, or the future of one, whose memory is not given back before ``release``.
+class HeldState(abc.ABC):
+    """A state dict whose memory is not given back before ``release``."""
+
+    @abc.abstractmethod
+    def pack(self, numbers: ArenaNumbers) -> tuple[SentState, list[int]]:
+        """What is sent, and the descriptors that go with it; waits until the copy is whole.
+
+        Raises what staging failed with.
+        """
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """It is written, or never will be. May be called twice."""
+
+
+class _Staged(HeldState):
+    """One in staging memory.
 
     Args:
-        state: staged, or the future of anything.
-        lease: held already; None for a future that is not this layer's.
-        stager: for what such a future gives.
-        check: called while waiting for memory.
+        state: pickled now: where its tensors are is known, even if the copy is under way.
+        lease: held already; given back if the state cannot be pickled.
     """
 
-    def __init__(
-        self,
-        state: StagedStateDict | Future[dict[str, Any]],
-        lease: Lease | None,
-        stager: EngineStager,
-        check: Check,
-    ) -> None:
-        self._state: StagedStateDict | Future[dict[str, Any]] | None = state
-        self._lease = lease
-        self._stager = stager
-        self._check = check
+    def __init__(self, state: StagedStateDict, lease: Lease) -> None:
+        self._lease: Lease | None = lease
+        self._shared = state.shared
+        try:
+            self._pickled = dump_staged(dict(state), lease.arena)
+        except BaseException:
+            lease.drop()
+            raise
 
     def pack(self, numbers: ArenaNumbers) -> tuple[SentState, list[int]]:
-        """What is sent, and the descriptors that go with it; waits for a future.
-
-        Raises what staging failed with, and ``UnsupportedStateError`` for what cannot be pickled.
-        """
-        state = self._state
-        if isinstance(state, Future):
-            value = state.result()
-            if not isinstance(value, StagedStateDict):
-                value = stage_now(self._stager, value, background=False, check=self._check)
-                self._lease = value.lease
-            state = value
-        if state is None or self._lease is None:
+        """See the base class."""
+        if self._lease is None:
             raise UsageError("a state dict was packed after it was released")
+        self._lease.completion.result()
         arena = self._lease.arena
         sent = SentState(
-            pickled=dump_staged(dict(state), arena),
-            shared=state.shared,
+            pickled=self._pickled,
+            shared=self._shared,
             arena=numbers.number(arena),
             arena_size=arena.size,
             arenas=numbers.open(),
@@ -104,11 +106,33 @@ class HeldState:
         return sent, numbers.descriptors(arena)
 
     def release(self) -> None:
-        """It is written, or never will be. May be called twice."""
-        self._state = None
+        """See the base class."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.drop()
+
+
+class _Awaited(HeldState):
+    """The future of one: whatever it gives is held, or staged, when it is there."""
+
+    def __init__(self, future: Future[dict[str, Any]], stager: EngineStager, check: Check) -> None:
+        self._future: Future[dict[str, Any]] | None = future
+        self._stager = stager
+        self._check = check
+        self._held: HeldState | None = None
+
+    def pack(self, numbers: ArenaNumbers) -> tuple[SentState, list[int]]:
+        """See the base class."""
+        if self._future is None:
+            raise UsageError("a state dict was packed after it was released")
+        self._held = _hold_now(self._future.result(), self._stager, self._check)
+        return self._held.pack(numbers)
+
+    def release(self) -> None:
+        """See the base class."""
+        self._future = None
+        if self._held is not None:
+            self._held.release()
 
 
 def hold_state(
@@ -122,16 +146,25 @@ def hold_state(
         stagers: for state dicts, and for what futures give. They are two, because a future's may
             have to be staged while a later state dict waits, staged already.
         check: called while waiting for memory; what it raises ends the wait.
+
+    Raises ``UnsupportedStateError`` for what cannot be pickled, naming the key.
     """
     now, later = stagers
-    if isinstance(state_dict, StagedStateDict | StagingFuture) and state_dict.lease is not None:
-        if not state_dict.lease.hold():
+    if isinstance(state_dict, StagingFuture):
+        return _hold_now(state_dict.state, now, check)
+    if isinstance(state_dict, Future):
+        return _Awaited(state_dict, later, check)
+    return _hold_now(state_dict, now, check)
+
+
+def _hold_now(state_dict: dict[str, Any], stager: EngineStager, check: Check) -> HeldState:
+    lease = state_dict.lease if isinstance(state_dict, StagedStateDict) else None
+    if isinstance(state_dict, StagedStateDict) and lease is not None:
+        if not lease.hold():
             raise UsageError(
                 "the staged state dict was overwritten by a later stage(), or its stager is closed",
                 hint="write a staged state dict before the next one is staged",
             )
-        return HeldState(state_dict, state_dict.lease, later, check)
-    if isinstance(state_dict, Future):
-        return HeldState(state_dict, None, later, check)
-    staged = stage_now(now, state_dict, background=False, check=check)
-    return HeldState(staged, staged.lease, later, check)
+        return _Staged(state_dict, lease)
+    staged, lease = stage_now(stager, state_dict, background=False, check=check)
+    return _Staged(staged, lease)

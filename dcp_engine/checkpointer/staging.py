@@ -131,17 +131,21 @@ class StagedStateDict(dict[str, Any]):
 
 
 class StagingFuture(Future[STATE_DICT]):
-    """The future of a ``StagedStateDict`` that is being filled. Cannot be cancelled."""
+    """The future of a ``StagedStateDict`` that is being filled. Cannot be cancelled.
 
-    def __init__(self, lease: Lease) -> None:
+    Attributes:
+        state: what is being filled.
+    """
+
+    def __init__(self, state: StagedStateDict) -> None:
         super().__init__()
-        self.lease = lease
+        self.state = state
         self.set_running_or_notify_cancel()
 
 
 def stage_now(
     stager: EngineStager, state_dict: Mapping[str, Any], *, background: bool, check: Check
-) -> StagedStateDict:
+) -> tuple[StagedStateDict, Lease]:
     """Stage with the engine's stager; with ``background``, done when ``lease.completion`` is.
 
     Args:
@@ -150,7 +154,8 @@ def stage_now(
     resolved, _ = resolve_stateful(state_dict)
     shared = shared_names(flatten(resolved).leaves)
     staged = stager.begin(resolved, background=background, check=check)
-    return StagedStateDict(staged.state_dict, shared=shared, lease=Lease(staged))
+    lease = Lease(staged)
+    return StagedStateDict(staged.state_dict, shared=shared, lease=lease), lease
 
 
 class DefaultStager(CheckpointStager):
@@ -189,11 +194,13 @@ class DefaultStager(CheckpointStager):
         if self._closed:
             raise UsageError("the stager is closed", hint="make a new one")
         self._drop_last()
-        staged = stage_now(self._stager, state_dict, background=self._background, check=no_check)
-        self._last = staged.lease
-        if staged.lease is None or not self._background:
+        staged, lease = stage_now(
+            self._stager, state_dict, background=self._background, check=no_check
+        )
+        self._last = lease
+        if not self._background:
             return staged
-        future = StagingFuture(staged.lease)
+        future = StagingFuture(staged)
 
         def finish(completion: Future[None]) -> None:
             error = completion.exception()
@@ -202,7 +209,7 @@ class DefaultStager(CheckpointStager):
             else:
                 future.set_result(staged)
 
-        staged.lease.completion.add_done_callback(finish)
+        lease.completion.add_done_callback(finish)
         return future
 
     def close(self) -> None:

@@ -208,6 +208,17 @@ def test_a_custom_stager(engine: dcp.Engine, tmp_path: Path) -> None:
     assert into["w"].tolist() == [1] * 5
 
 
+def test_stagers_that_come_and_go(engine: dcp.Engine, tmp_path: Path) -> None:
+    """More arenas than the worker keeps; the first one comes again."""
+    first = dcp.DefaultStager()
+    for turn in range(10):
+        with dcp.DefaultStager() as other:
+            stager = first if turn in (0, 9) else other
+            save(engine, tmp_path / "c", turn, async_stager=stager).result(LIMIT)
+            assert_holds(tmp_path / "c", turn)
+    first.close()
+
+
 def test_without_collectives(engine: dcp.Engine, tmp_path: Path) -> None:
     save(engine, tmp_path / "c", 8, use_collectives=False).result(LIMIT)
     assert_holds(tmp_path / "c", 8)

@@ -36,9 +36,7 @@ from dcp_engine.errors import (
 from tests.checkpointer import children
 
 ALONE = RankInfo(0, 1)
-CONFIG = CheckpointProcessConfig(
-    subprocess_init_timeout_secs=120, subprocess_shutdown_timeout_secs=60
-)
+CONFIG = CheckpointProcessConfig(subprocess_init_timeout_secs=120)
 BLOCKING = CheckpointStagerConfig(use_async_staging=False)
 
 
@@ -209,7 +207,7 @@ def test_staging_memory_is_kept_until_it_is_written(own: CheckpointProcess, mark
         first = own.write(stager.stage({"w": torch.tensor([1.0])}), "kept-1", sleep=0.3)
         # One copy at a time: this waits until the first is written.
         staged = stager.stage({"w": torch.tensor([2.0])})
-        assert first.done()
+        first.result()
         own.write(staged, "kept-2").result()
         stager.stage({"w": torch.tensor([3.0])})
         with pytest.raises(UsageError, match="overwritten by a later stage"):

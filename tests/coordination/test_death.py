@@ -101,6 +101,8 @@ def test_the_others_fail_by_name(
             0, coordinator_rank=0, error=CoordinationError("gone", kind="worker_died")
         )
         errors = {rank: future.result(30) for rank, future in others.items()}
+        if begun:
+            dead.close()  # only the test's own threads end by this
     assert outcome == "abort"
     for rank, error in errors.items():
         assert isinstance(error, CheckpointException), rank
@@ -118,6 +120,7 @@ def test_what_was_decided_stays(sessions: list[StoreSession]) -> None:
     error = CoordinationError("gone", kind="worker_died")
     assert sessions[0].report_death(0, coordinator_rank=0, error=error) == "commit"
     assert sessions[1].report_death(0, coordinator_rank=0, error=error) == "commit"
+    dead.close()
 
 
 def test_a_rank_alone_has_nobody_to_tell() -> None:

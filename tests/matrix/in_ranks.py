@@ -60,19 +60,18 @@ class _State:
     """A sharded tensor, a replicated one, small and large objects, a rank's own, a ``Stateful``:
     all made of one value."""
 
-    def __init__(self, value: float) -> None:
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        mesh = init_device_mesh("cpu", (world_size,))
-        self._own = torch.full((2,), value + rank)
+    def __init__(self, value: float, *, own: bool = True) -> None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self.part = _Part(value)
         self.content: dict[str, Any] = {
             "w": DTensor.from_local(torch.full((3, 4), value), mesh, [Shard(0)], run_check=False),
             "bias": torch.full((7,), value),
             "step": value,
             "log": [value] * 2000,
-            "own": dcp.PerRank(self._own),
             "part": self.part,
         }
+        if own:
+            self.content["own"] = dcp.PerRank(torch.full((2,), value + dist.get_rank()))
 
     def values(self) -> list[float]:
         """What it is made of now."""
@@ -83,7 +82,11 @@ class _State:
                 *content["bias"].tolist(),
                 content["step"],
                 *content["log"],
-                *(content["own"].value - dist.get_rank()).tolist(),
+                *(
+                    (content["own"].value - dist.get_rank()).tolist()
+                    if "own" in content
+                    else []
+                ),
                 *self.part.held.tolist(),
             }
         )
@@ -124,7 +127,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 def _struck_save(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
     site = case.site
-    state = _State(value)
+    state = _State(value, own=site.path == "columns")
     writer = ShardedWriter(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
     planner = _ItemSavePlanner() if site.path == "items" else dcp.DefaultSavePlanner()
     _strike_objects(site, strikes, writer=writer, planner=planner, stateful=state.part)
@@ -133,7 +136,7 @@ def _struck_save(on: dcp.Engine, case: Case, path: str, value: float, strikes: S
 
 def _struck_load(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
     site = case.site
-    state = _State(-1.0)
+    state = _State(-1.0, own=site.path == "columns")
     reader = ShardedReader(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
     planner = _ItemLoadPlanner() if site.path == "items" else dcp.DefaultLoadPlanner()
     _strike_objects(site, strikes, reader=reader, planner=planner, stateful=state.part)
@@ -166,7 +169,7 @@ def _strike_objects(site: Site, strikes: Strikes, **objects: Any) -> None:
 def _strikes(case: Case, control: str) -> Strikes:
     rank, world = dist.get_rank(), range(case.world_size)
     common: dict[str, Any] = {"control": control, "rank": rank}
-    first_when = (case.site.first.split() + ["before"])[1] if case.site.first else "before"
+    first_when = "after" if case.site.first.endswith(" after") else "before"
     return {
         "fault": Strike(
             label="fault",

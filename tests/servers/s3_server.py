@@ -73,8 +73,10 @@ class Endpoint:
         if fault in _ERRORS:
             _drain(environ)
             status, code = _ERRORS[fault]
-            start(status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()]
+            text = f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()
+            body = b"" if environ["REQUEST_METHOD"] == "HEAD" else text
+            start(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+            return [body]
         if environ.get("HTTP_IF_NONE_MATCH"):
             with self._conditional:
                 answer = list(self._app(environ, start))

@@ -136,8 +136,12 @@ def read(root: Path, *, ranks: bool = False, store: ByteStore | None = None) -> 
     return outcome_of(load)
 
 
-def _writer(root: Path, store: Callable[[Path], ByteStore] | None = None) -> ShardedWriter:
-    path = root / CHECKPOINT
+def _writer(
+    root: Path,
+    store: Callable[[Path], ByteStore] | None = None,
+    place: str = CHECKPOINT,
+) -> ShardedWriter:
+    path = root / place
     # One thread: the order of operations does not depend on the machine.
     return ShardedWriter(
         lambda _: FileSystemStore(path) if store is None else store(path), path, thread_count=1
@@ -158,12 +162,13 @@ def save_alone(
     store: Callable[[Path], ByteStore] | None = None,
     keep_replaced: bool = False,
     items: bool = False,
+    place: str = CHECKPOINT,
 ) -> None:
     """Save from this thread; ``items``: in DCP's life cycle."""
     with Engine() as engine:
         engine.save(
             content(label),
-            storage_writer=_writer(root, store),
+            storage_writer=_writer(root, store, place),
             planner=_ItemPlanner() if items else None,
             no_dist=True,
             user_metadata=_NOTE,

@@ -5,7 +5,7 @@ Belongs here: helpers. Does not belong here: any scenario.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,8 @@ class Budget:
     bounds: Bounds = field(default_factory=Bounds)
     orders: int = 3
     """Orders of what several ranks or savers do."""
+    overtaken: Sequence[int] = (2, 5, 40, 90)
+    """After how many turns of the first of several savers the others run to their ends."""
     every: int = 3
     """Each how-manieth operation is made to fail, in the scenarios of saves that fail."""
     starts: int = 6
@@ -55,7 +57,8 @@ class Budget:
         """For a run of some minutes."""
         return Budget(
             bounds=Bounds(exhaustive=9, pairs=16, random=64),
-            orders=40,
+            orders=30,
+            overtaken=range(180),
             every=1,
             starts=60,
             loads=5000,

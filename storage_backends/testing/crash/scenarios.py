@@ -17,6 +17,7 @@ from storage_backends.testing.crash.several_ranks import (
     two_ranks_overwrite,
 )
 from storage_backends.testing.crash.several_savers import (
+    neighbours,
     overwrite_shares,
     saver_and_prune,
     shares_first,
@@ -56,6 +57,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         coordinator_dies,
         two_savers,
         two_first_savers,
+        neighbours,
         saver_and_prune,
         shares_first,
         shares_over_incomplete,

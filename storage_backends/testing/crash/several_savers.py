@@ -8,6 +8,7 @@ Belongs here: scenarios run by ``turns.Turns``. Does not belong here: ranks that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from storage_backends.testing.crash.runs import (
 from storage_backends.testing.crash.turns import Turns
 
 __all__ = [
+    "neighbours",
     "overwrite_shares",
     "saver_and_prune",
     "shares_first",
@@ -36,28 +38,33 @@ __all__ = [
 ]
 
 
+Programs = Mapping[str, Callable[[Path], object]]
+"""What to run, by name. How a program called ``<anything>:<label>`` ends is marked: it saves that
+label."""
+
+
 def _turns(
     explorer: Explorer,
     budget: Budget,
     prepare: Callable[[Path], None],
-    programs: Mapping[str, Callable[[Path], None]],
+    programs: Programs,
 ) -> None:
-    """Programs that know nothing of each other, in ``budget.orders`` orders. A name is
-    ``<anything>:<label>``."""
-    for order in range(budget.orders):
-        turns = Turns(budget.seed + order)
-
-        def run(root: Path, recorder: Recorder, turns: Turns = turns) -> None:
-            def program(name: str, work: Callable[[Path], None]) -> Callable[[], None]:
-                def life() -> None:
-                    with marked(recorder, name.partition(":")[2]):
-                        work(root)
-
-                return life
-
-            turns.run([(name, program(name, work)) for name, work in programs.items()])
-
+    """Programs that know nothing of each other, in orders drawn by chance, and with the first of
+    them overtaken at one place."""
+    schedules = [Turns(budget.seed + number) for number in range(budget.orders)]
+    schedules += [Turns(0, ahead=number) for number in budget.overtaken]
+    for turns in schedules:
+        run = partial(_run, turns=turns, programs=programs)
         explorer.explore(record_of(prepare, run, before=turns.pause, seed=1))
+
+
+def _run(root: Path, recorder: Recorder, *, turns: Turns, programs: Programs) -> None:
+    def life(name: str, work: Callable[[Path], object]) -> None:
+        label = name.partition(":")[2]
+        with marked(recorder, label) if label else nullcontext():
+            work(root)
+
+    turns.run([(name, partial(life, name, work)) for name, work in programs.items()])
 
 
 def two_savers(budget: Budget) -> Report:
@@ -87,23 +94,25 @@ def two_first_savers(budget: Budget) -> Report:
 def saver_and_prune(budget: Budget) -> Report:
     """``prune`` while a save is running, which it takes for alive."""
     explorer = explorer_of("a save beside prune", rules.one_save("old", "new"), budget)
-
-    for order in range(budget.orders):
-        turns = Turns(budget.seed + order)
-
-        def run(root: Path, recorder: Recorder, turns: Turns = turns) -> None:
-            turns.run(
-                [
-                    ("saver", partial(save_new, root, recorder)),
-                    ("prune", partial(prune, root, older_than=3600.0)),
-                ]
-            )
-
-        explorer.explore(record_of(save_old, run, before=turns.pause, seed=1))
+    programs: Programs = {
+        "saver:new": partial(jobs.save_alone, label="new"),
+        "prune": partial(prune, older_than=3600.0),
+    }
+    _turns(explorer, budget, save_old, programs)
     return explorer.report()
 
 
-def _shares_programs(token: str) -> Mapping[str, Callable[[Path], None]]:
+def neighbours(budget: Budget) -> Report:
+    """Two jobs save to two places below one directory that neither finds there."""
+    explorer = explorer_of("two savers, one new parent", rules.one_save(jobs.NONE, "new"), budget)
+    saver = {"saver:new": partial(jobs.save_alone, label="new")}
+    neighbour = {"neighbour": partial(jobs.save_alone, label="other", place="runs/step-2")}
+    _turns(explorer, budget, nothing, {**saver, **neighbour})
+    _turns(explorer, budget, nothing, {**neighbour, **saver})
+    return explorer.report()
+
+
+def _shares_programs(token: str) -> Programs:
     return {
         f"rank {rank}:new": partial(
             jobs.save_share, label="new", rank=rank, world_size=2, token=token

@@ -23,9 +23,17 @@ class Turns:
     """Runs programs in threads of which one moves at a time, from ``pause`` to ``pause``.
 
     Give ``pause`` to the recorder as ``before``. Programs must not wait for each other.
+
+    Args:
+        seed: of the order.
+        ahead: no chance, but: the first program has so many turns, then the others run to their
+            ends one after the other, then the first goes on. Every place at which a program can be
+            overtaken once is met by trying every number.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, ahead: int | None = None) -> None:
+        self._ahead = ahead
+        self._taken = 0
         self._generator = random.Random(seed)
         self._condition = threading.Condition()
         self._turn: str | None = None
@@ -48,6 +56,14 @@ class Turns:
         if not self._condition.wait_for(due, _PATIENCE):
             raise TimeoutError("a program did not come to its next operation")
 
+    def _next(self, alive: Sequence[str]) -> str:
+        if self._ahead is None:
+            return self._generator.choice(alive)
+        self._taken += 1
+        if self._taken <= self._ahead or len(alive) == 1:
+            return alive[0]
+        return alive[1]
+
     def run(self, programs: Sequence[tuple[str, Callable[[], object]]]) -> None:
         """Run all of them to their ends; the first error of one is raised."""
         errors: list[BaseException] = []
@@ -64,7 +80,8 @@ class Turns:
                     self._turn = None
                     self._condition.notify_all()
 
-        self._alive = {name for name, _ in programs}
+        order = [name for name, _ in programs]
+        self._alive = set(order)
         threads = [
             threading.Thread(target=life, args=item, name=item[0], daemon=True) for item in programs
         ]
@@ -75,7 +92,7 @@ class Turns:
                 self._wait(lambda: self._turn is None and self._waiting >= self._alive)
                 if not self._alive:
                     break
-                self._turn = self._generator.choice(sorted(self._alive))
+                self._turn = self._next([name for name in order if name in self._alive])
                 self._condition.notify_all()
         for thread in threads:
             thread.join(_PATIENCE)

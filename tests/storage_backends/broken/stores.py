@@ -552,3 +552,52 @@ class SaysItIsLocal(Broken):
 class ClosesOnce(Broken):
     def close(self) -> None:
         del self.inner
+
+
+# Of several threads, and of nothing at all
+
+
+@caught_by("test_read_whole")
+class CountsInBlocks(Broken):
+    def size(self, name: str) -> int:
+        return -(-self.inner.size(name) // 512) * 512
+
+
+@caught_by("test_no_ranges")
+class ReadsTheFirstRangeAnyway(Broken):
+    def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
+        self.inner.read(name, [ranges[0], *ranges[1:]])
+
+
+@caught_by("test_delete")
+class DeletesInTheRootOnly(Broken):
+    def delete(self, names: Iterable[str]) -> None:
+        self.inner.delete([name for name in names if "/" not in name])
+
+
+@caught_by("test_threads_delete")
+class LooksThenDeletes(Broken):
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            if [*self.inner.list(name)]:
+                time.sleep(0.001)  # another thread deletes meanwhile
+                self.inner.size(name)
+                self.inner.delete([name])
+
+
+@caught_by("test_threads_put")
+class SharesATemporaryName(Broken):
+    def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
+        self.inner.put("temporary", data)
+        time.sleep(0.001)  # another thread puts meanwhile
+        self.inner.replace("temporary", name)
+
+
+@caught_by("test_threads_write_files_of_their_own")
+class SharesABuffer(Broken):
+    def write_to(
+        self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
+    ) -> None:
+        self.buffer = b"".join(buffers)
+        time.sleep(0.001)  # another thread writes meanwhile
+        file.write([memoryview(self.buffer)], offset)

@@ -288,3 +288,69 @@ class ReadsEverything(FileReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         return bool(str(Path(checkpoint_id)))
+
+
+@caught_by("test_everything", "test_part_of_it")
+class SetsInsteadOfCopying(_Narrowed):
+    def give(self, item: ReadItem, source: torch.Tensor, planner: LoadPlanner) -> None:
+        target = planner.resolve_tensor(item).detach()
+        target.set_(source)  # type: ignore[call-overload]
+        planner.commit_tensor(item, target)
+
+
+@caught_by("test_load_through_the_engine", "test_again")
+class ReadsOnce(FileReader):
+    used = False
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        if self.used:
+            raise RuntimeError("this reader has read already")
+        self.used = True
+        return super().read_data(plan, planner)
+
+
+@caught_by("test_loading_ranks")
+class ReadsOnTheCoordinatorOnly(FileReader):
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self.where = metadata.storage_data if is_coordinator else {}
+
+
+@caught_by("test_nothing_to_read")
+class LooksAtTheFirstItem(FileReader):
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        if plan.items[0].storage_index not in self.where:
+            raise KeyError(plan.items[0].storage_index)
+        return super().read_data(plan, planner)
+
+
+@caught_by("test_part_of_it")
+class ReadsAllOrNothing(FileReader):
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        if len(plan.items) != len(self.where):
+            raise ValueError("the plan is of another checkpoint")
+        return super().read_data(plan, planner)
+
+
+@caught_by("test_what_several_ranks_wrote")
+class ReadsTheFirstFile(FileReader):
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        first = min((name for name, _ in metadata.storage_data.values()), default="")
+        self.where = {index: (first, at) for index, (_, at) in metadata.storage_data.items()}
+
+
+@caught_by("test_nothing_to_write")
+class LooksAtTheFirstResult(FileWriter):
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        if results[0][0].storage_data is None:
+            raise ValueError("a result without its place")
+        super().finish(metadata, results)
+
+
+@caught_by("test_storage_meta")
+class DescribesItselfByADictionary(FileWriter):
+    def storage_meta(self) -> Any:
+        return {"path": self.path}

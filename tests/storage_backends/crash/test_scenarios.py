@@ -27,6 +27,7 @@ STATES = {
     "coordinator_dies": 700,
     "two_savers": 3500,
     "two_first_savers": 2500,
+    "neighbours": 5000,
     "saver_and_prune": 1200,
     "shares_first": 1200,
     "shares_over_incomplete": 1000,

@@ -158,7 +158,9 @@ def test_attempts_are_counted(s3: S3Server, store: ByteStore, action: str) -> No
         store.put("f", b"x")
     assert caught.value.kind == "io_error"
     assert caught.value.file == "f"
-    assert len(s3.log()) == AT_ONCE.attempts
+    # Where a connection breaks, aiohttp repeats a request once by itself.
+    attempts = AT_ONCE.attempts * (2 if action == "reset" else 1)
+    assert AT_ONCE.attempts <= len(s3.log()) <= attempts
 
 
 def test_what_is_refused_is_not_tried_again(s3: S3Server, store: ByteStore) -> None:
