@@ -18,7 +18,7 @@ unexport PYTEST_ADDOPTS MYPYPATH
 export PYTHONNOUSERSITE := 1
 
 .NOTPARALLEL:
-.PHONY: help demo test torture lint format types layers unit multirank venv clean
+.PHONY: help demo test torture lint format types layers unit multirank servers venv clean
 
 help:
 	@echo 'make demo       train, kill, resume, reshard, damage: the whole story in a few minutes'
@@ -28,6 +28,7 @@ help:
 	@echo 'make types      mypy --strict'
 	@echo 'make layers     import-linter'
 	@echo 'make unit       tests in one process; make multirank: tests on gloo ranks'
+	@echo 'make servers    install sshd, if root and apt-get allow it; tests that need it are skipped else'
 	@echo 'make venv       only the environment, in $(VENV)'
 	@echo 'make clean      remove the environment and caches'
 
@@ -59,6 +60,17 @@ multirank: venv
 
 torture: venv
 	$(BIN)/python -m pytest -m torture --timeout=14400 -s $(PYTEST_ARGS)
+
+# The S3 endpoint of the tests comes with the environment; sshd is a package of the system. Not a
+# part of `make test`: a developer's machine is not to get a server without being asked.
+servers:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; export PATH; \
+	if command -v sshd >/dev/null; then echo "sshd: $$(command -v sshd)"; \
+	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q >/dev/null && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends openssh-server >/dev/null && \
+		echo "sshd: installed"; \
+	else echo 'sshd is not installed, and cannot be without root and apt-get' >&2; exit 1; fi
 
 venv: $(VENV)/.installed
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import dcp_engine
 from benchmarks.async_ways import AsyncWay, DcpAsync, OursAsync
 from benchmarks.io_columns import Raw, default_threads, remove
+from benchmarks.io_ranks import sharded_state
 from benchmarks.io_state import model_state, state_bytes, tensors_of
 
 __all__ = ["measure_rank"]
@@ -28,9 +29,16 @@ PROCESS = dcp_engine.AsyncCheckpointerType.PROCESS
 
 
 def measure_rank(disk: str, nbytes: int, rounds: int, saves: int) -> dict[str, Any]:
-    """All rows, as medians over the rounds. Seconds and bytes."""
-    rank = dist.get_rank()
-    state = model_state(nbytes, seed=rank)
+    """All rows, as medians over the rounds. Seconds and bytes.
+
+    Args:
+        nbytes: of the state on this rank.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        state = model_state(nbytes)
+    else:
+        state = sharded_state("rows", nbytes * world_size, world_size)
     tensors = tensors_of(state)
     copies = [torch.zeros_like(tensor) for tensor in tensors]
     result: dict[str, Any] = {"bytes": state_bytes(state)}

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from benchmarks.io_columns import Dcp, Ours, Raw, Way
 from benchmarks.io_state import model_shapes, model_state, state_bytes
 
-__all__ = ["LAYOUTS", "Outcome", "Ranks"]
+__all__ = ["LAYOUTS", "Outcome", "Ranks", "sharded_state"]
 
 LAYOUTS = ("rows", "columns", "2-D", "replicated")
 
@@ -121,7 +121,7 @@ def _serve(
         try:
             if layout not in states:
                 states.clear()  # one at a time in memory
-                states[layout] = _state(layout, nbytes, world_size)
+                states[layout] = sharded_state(layout, nbytes, world_size)
             timed = _timed(_way(way, rank, threads), action, states[layout], path)
             pipe.send(timed)
         except Exception as error:
@@ -167,7 +167,7 @@ def _bytes_read() -> int:
     return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
 
-def _state(layout: str, nbytes: int, world_size: int) -> dict[str, Any]:
+def sharded_state(layout: str, nbytes: int, world_size: int) -> dict[str, Any]:
     """The model's state as DTensors; every rank's local tensors have memory of their own."""
     if layout == "2-D" and world_size % 2 == 0 and world_size > 2:
         mesh = init_device_mesh("cpu", (world_size // 2, 2))

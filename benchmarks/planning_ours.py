@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import statistics
 import sys
 import time
@@ -63,6 +64,8 @@ class SimulatedOperation(Operation):
         self.world_size = world_size
         self._incoming = incoming
         self.seconds: dict[str, float] = {}
+        self.kernel: dict[str, float] = {}
+        """Of ``seconds``, those that the kernel took: page faults of fresh memory."""
         self.bytes_in: dict[str, list[int]] = {}
         """What each rank receives, by phase."""
 
@@ -78,6 +81,7 @@ class SimulatedOperation(Operation):
         own = local()
         framed = self._incoming[phase]
         gc.collect()
+        before = _kernel_seconds()
         began = time.process_time()
         payloads = [own, *(decode(message, Report).payload for message in framed[1:])]
         decision = decide(payloads)
@@ -85,6 +89,7 @@ class SimulatedOperation(Operation):
             Event(kind="verdict", common=decision.common, has_answers=decision.per_rank is not None)
         )
         self.seconds[phase] = time.process_time() - began
+        self.kernel[phase] = _kernel_seconds() - before
         answers = decision.per_rank or [b""] * self.world_size
         self.bytes_in[phase] = [len(event) + len(answer) for answer in answers]
         return decision.common, answers[0]
@@ -213,6 +218,8 @@ def _two_saves(
     return {
         "first": first["seconds"],
         "second": second["seconds"],
+        "first_kernel": first["kernel"],
+        "second_kernel": second["kernel"],
         "first_bytes": first["bytes"],
         "second_bytes": second["bytes"],
         "manifest_bytes": len(first["manifest"]),
@@ -263,6 +270,7 @@ def _save(
     return {
         "plan_id": agreed.plan_id,
         "seconds": operation.seconds,
+        "kernel": operation.kernel,
         "bytes": {
             phase: {
                 "out": statistics.mean(map(len, incoming[phase])),
@@ -337,13 +345,17 @@ def _loads(
     return {title: statistics.median(times) for title, times in result.items()}
 
 
+def _kernel_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
 def _note(seconds: dict[str, list[float]], name: str, began: float) -> None:
     seconds.setdefault(name, []).append(time.process_time() - began)
 
 
 def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     result = dict(runs[0])
-    for save in ("first", "second"):
+    for save in ("first", "second", "first_kernel", "second_kernel"):
         result[save] = {
             phase: statistics.median(run[save][phase] for run in runs) for phase in runs[0][save]
         }

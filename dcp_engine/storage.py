@@ -105,6 +105,8 @@ class ByteStore(abc.ABC):
     small object appears at once."""
     create_if_absent: bool
     """``put(if_absent=True)`` lets exactly one of several callers win."""
+    replace_if_same: bool = False
+    """``tag`` and ``put_over`` exist: of several callers who replace one object, one wins."""
     durable_sync: bool
     """``sync`` and ``sync_directory`` mean stable storage."""
     shared_between_processes: bool
@@ -140,6 +142,15 @@ class ByteStore(abc.ABC):
 
         With ``if_absent`` and ``create_if_absent``, a name that is there is ``FileExistsError``.
         """
+
+    def tag(self, name: str) -> str:
+        """What changes whenever the object ``name`` does. Only with ``replace_if_same``."""
+        raise NotImplementedError
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        """``put``, if the object is still that of ``tag``; else ``FileExistsError``. Only with
+        ``replace_if_same``."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:

@@ -82,20 +82,37 @@ def _replace(
 
 
 def _put(store: ByteStore, data: bytes, name: str, save_id: str, observed: str | None) -> None:
+    # Before the look: what comes between it and the look is seen there, what comes later here.
+    tag = None if observed is None else _tag(store, name)
     _refuse_if_changed(store, name, observed)
     try:
-        store.put(name, data, if_absent=observed is None and store.create_if_absent)
+        if tag is not None:
+            store.put_over(name, data, tag)
+        else:
+            store.put(name, data, if_absent=observed is None and store.create_if_absent)
     except FileExistsError as error:
         # Our own first attempt may have come through, its reply lost, and the second lost to it.
         if _settle(store, name, save_id, observed, error):
             return
-        _doubt(store, "the store said that a manifest is there, and then that none is", error)
+        _doubt(store, "the store said that there is another manifest, and then that not", error)
     except Exception as error:
         if _settle(store, name, save_id, observed, error):
             return
         if isinstance(error, StorageError) and error.kind in _REFUSALS:
             raise
         _doubt(store, "writing the manifest failed, and it may still arrive", error)
+
+
+def _tag(store: ByteStore, name: str) -> str | None:
+    """What the store knows the present manifest by; None if it knows no such thing, or if ranks'
+    manifests are what was observed."""
+    if not store.replace_if_same:
+        return None
+    with writing(store, "look at the present manifest", file=name):
+        try:
+            return store.tag(name)
+        except FileNotFoundError:
+            return None
 
 
 def _refuse_if_changed(store: ByteStore, name: str, observed: str | None) -> None:

@@ -86,10 +86,13 @@ def open_fsspec_store(
     limits |= {name: value for name, value in given.items() if value is not None}
     limits.setdefault("max_inflight_bytes", max_inflight_bytes)
     rest = {name: value for name, value in query.items() if name not in _FORMAT}
-    filesystems = open_filesystems(place, storage_options, fs=fs, last_options=rest)
+    chosen = _limits(limits, place)
+    filesystems = open_filesystems(
+        place, storage_options, last_options=rest, fs=fs, retry=chosen.retry
+    )
     if fs is None and issubclass(filesystems.kind, LocalFileSystem) and not filesystems.cache:
         return FileSystemStore(filesystems.path)
-    return FsspecByteStore(filesystems, _limits(limits, place))
+    return FsspecByteStore(filesystems, chosen)
 
 
 def _limits(given: Mapping[str, Any], url: str) -> Limits:

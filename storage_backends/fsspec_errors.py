@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dcp_engine.errors import CheckpointError, StorageError
-from storage_backends.retry import causes, http_status, service_code
+from storage_backends.retry import Failure, causes, classify, http_status, service_code
 from storage_backends.secrets import Secrets
 
 __all__ = ["storage_calls", "translated"]
@@ -66,6 +66,16 @@ def _kind(error: BaseException) -> str:
     return "io_error"
 
 
+def _is_missing(error: BaseException) -> bool:
+    """Whether ``error`` says that a file is not there; fsspec's HTTP says so of all that fails."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    if not isinstance(cause, Exception):
+        return True
+    return classify(cause) is Failure.PERMANENT and _kind(cause) == "io_error"
+
+
 @contextmanager
 def storage_calls(
     action: str, *, secrets: Secrets, checkpoint: str, file: str, missing: bool = True
@@ -84,7 +94,7 @@ def storage_calls(
         made: OSError
         if isinstance(error, FileExistsError):
             made = FileExistsError(errno.EEXIST, "File exists", f"{checkpoint}/{file}")
-        elif isinstance(error, FileNotFoundError) and missing:
+        elif missing and _is_missing(error):
             text = "No such file or directory"
             made = FileNotFoundError(errno.ENOENT, text, f"{checkpoint}/{file}")
         else:

@@ -30,7 +30,7 @@ from storage_backends.fsspec_traits import (
     traits_of,
     usable_schemes,
 )
-from storage_backends.retry import Failure, classify
+from storage_backends.retry import Failure, RetryPolicy, classify
 from storage_backends.secrets import Secrets
 
 __all__ = ["FileSystems", "known_protocols", "open_filesystems", "require_known"]
@@ -132,7 +132,12 @@ def _disconnect(fs: Any) -> None:
 
 
 def open_filesystems(
-    url: str, options: Mapping[str, Any], *, fs: Any = None, last_options: Mapping[str, Any]
+    url: str,
+    options: Mapping[str, Any],
+    *,
+    last_options: Mapping[str, Any],
+    fs: Any = None,
+    retry: RetryPolicy,
 ) -> FileSystems:
     """What ``url`` names.
 
@@ -141,6 +146,7 @@ def open_filesystems(
             protocol.
         fs: an instance to use instead of opening one; ``url`` is then a path in it, or a URL of it.
         last_options: of the last link.
+        retry: of a connection that is made when it is opened.
 
     Raises ``StorageError(kind="unsupported_storage")`` for a scheme that is not known or needs a
     package that is not there, ``UsageError`` for options that do not fit, ``StorageError`` if
@@ -155,7 +161,7 @@ def open_filesystems(
             first = _prepared(fs, _path_in(fs, url))
         else:
             make = _maker_of_url(url, options, last_options)
-            first = make()
+            first = retry.call(make, what=f"open {redact_url(url)}", scrub=secrets.scrub)
     traits = traits_of(protocols_of(first.fs))
     return FileSystems(make, first, traits, secrets, redact_url(url))
 

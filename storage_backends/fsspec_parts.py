@@ -19,6 +19,7 @@ from storage_backends.fsspec_puts import put_s3_object
 
 __all__ = ["OffsetSink", "S3Sink", "s3_part_bytes"]
 
+_MIN_PART = 5 << 20
 _MAX_PARTS = 9_000
 """S3 takes 10,000; the size of a file is only a hint."""
 
@@ -26,8 +27,9 @@ Lease = Callable[[], AbstractContextManager[Any]]
 
 
 def s3_part_bytes(size: int | None, part_bytes: int) -> int:
-    """Size of the parts of a file of ``size`` bytes, so that there are not too many."""
-    return max(part_bytes, -(-(size or 0) // _MAX_PARTS))
+    """Size of the parts of a file of ``size`` bytes: so that there are not too many, and none but
+    the last is smaller than S3 takes."""
+    return max(part_bytes, _MIN_PART, -(-(size or 0) // _MAX_PARTS))
 
 
 class S3Sink:

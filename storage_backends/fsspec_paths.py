@@ -136,17 +136,23 @@ def remove_file(fs: Any, path: str) -> None:
 
 def remove_directory(fs: Any, path: str) -> bool:
     """Remove a directory if it is empty; whether it is gone now."""
-    try:
-        fs.rmdir(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        if not is_directory(fs, path):
+    for attempt in range(3):
+        try:
+            fs.rmdir(path)
+        except FileNotFoundError:
             return True
-        if not fs.ls(path, detail=False):
-            raise
-        return False
-    return True
+        except OSError:
+            try:
+                if fs.ls(path, detail=False):
+                    return False
+            except FileNotFoundError:
+                return True
+            if attempt == 2:
+                raise
+            # Empty after all: somebody else removed the last file just now.
+        else:
+            return True
+    return False
 
 
 def can_rename_if_absent(kind: type) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fsspec.implementations.memory import MemoryFile
@@ -16,7 +18,17 @@ from storage_backends.fsspec_paths import can_rename_if_absent, rename, rename_i
 from storage_backends.fsspec_traits import Traits
 from storage_backends.retry import causes, service_code
 
-__all__ = ["Renaming", "creates_if_absent", "put_object", "put_s3_object"]
+__all__ = [
+    "Renaming",
+    "creates_if_absent",
+    "put_object",
+    "put_over",
+    "put_s3_object",
+    "replaces_if_same",
+    "tag_of",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def creates_if_absent(kind: type, traits: Traits) -> bool:
@@ -50,17 +62,53 @@ def put_object(fs: Any, path: str, data: bytes, *, if_absent: bool) -> None:
         fs.pipe_file(path, data, mode="create")
 
 
-def put_s3_object(fs: Any, path: str, data: bytes, *, if_absent: bool = False) -> None:
-    """``put_object`` through s3fs."""
-    bucket, key, _ = fs.split_path(path)
-    condition = {"IfNoneMatch": "*"} if if_absent else {}
+def put_s3_object(
+    fs: Any, path: str, data: bytes, *, if_absent: bool = False, tag: str | None = None
+) -> None:
+    """``put_object`` through s3fs; with ``tag``, only over the object that has this entity tag."""
+    condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": tag} if tag is not None else {}
     try:
-        # A file object shares the memory of bytes, and is sent in pieces that let others run.
-        fs.call_s3("put_object", Bucket=bucket, Key=key, Body=io.BytesIO(data), **condition)
+        _call_put_object(fs, path, data, condition)
     except Exception as error:
-        # s3fs translates the answer of AWS, but not that of other services.
+        # s3fs translates some of these, by the words of AWS.
         codes = {service_code(each) for each in causes(error)}
-        if if_absent and codes & {"PreconditionFailed", "412"}:
+        if condition and codes & {"PreconditionFailed", "412"}:
+            raise FileExistsError(path) from error
+        if not (condition and codes & {"NotImplemented", "501"}):
+            raise
+        logger.info("%s takes no conditions; storing without", type(fs).__name__)
+        _call_put_object(fs, path, data, {})
+
+
+def _call_put_object(fs: Any, path: str, data: bytes, condition: Mapping[str, str]) -> None:
+    bucket, key, _ = fs.split_path(path)
+    # A file object shares the memory of bytes, and is sent in pieces that let others run.
+    fs.call_s3("put_object", Bucket=bucket, Key=key, Body=io.BytesIO(data), **condition)
+
+
+def replaces_if_same(kind: type) -> bool:
+    """Whether ``tag_of`` and ``put_over`` work."""
+    return kind.__module__ in ("s3fs.core", "obstore.fsspec")
+
+
+def tag_of(fs: Any, path: str) -> str:
+    """The entity tag of an object."""
+    info = fs.info(path)
+    if info["type"] == "directory":
+        raise FileNotFoundError(path)
+    return str(info.get("ETag") or info.get("e_tag") or "")
+
+
+def put_over(fs: Any, path: str, data: bytes, tag: str) -> None:
+    """Store an object over the one of ``tag``, or ``FileExistsError`` if that is not there now."""
+    if type(fs).__module__ == "s3fs.core":
+        put_s3_object(fs, path, data, tag=tag)
+        return
+    bucket, key = fs._split_path(path)
+    try:
+        fs._construct_store(bucket).put(key, data, mode={"e_tag": tag})
+    except Exception as error:
+        if type(error).__name__ == "PreconditionError":
             raise FileExistsError(path) from error
         raise
 

@@ -171,8 +171,18 @@ def service_code(error: BaseException) -> str:
 
 def classify(error: BaseException) -> Failure:
     """What kind of failure ``error`` is. What nobody knows is permanent."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        # fsspec's HTTP says so of whatever goes wrong.
+        return classify(error.__cause__)
     if not isinstance(error, Exception) or isinstance(error, _PERMANENT_ERRORS):
         return Failure.PERMANENT
+    # What the service said first: libraries translate it, and lose whether to slow down.
+    said: BaseException | None = error
+    for _ in range(5):
+        verdict = None if said is None else _of_service(said)
+        if verdict is not None:
+            return verdict
+        said = None if said is None else said.__cause__
     for each in causes(error):
         verdict = _of_one(each)
         if verdict is not None:

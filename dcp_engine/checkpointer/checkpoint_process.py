@@ -276,6 +276,9 @@ class CheckpointProcess:
                 worker = self._answering()
             except WorkerError as error:
                 raise self._lost(turn, path, error) from error
+            except CheckpointError as error:  # closed, while this write waited
+                self._turns.report(turn, error)
+                raise
             try:
                 state, descriptors = held.pack(self._arenas)
             except BaseException as error:

@@ -20,6 +20,7 @@ from dcp_engine.coordination.single import SingleSession
 from dcp_engine.default_planner import DefaultLoadPlanner
 from dcp_engine.error_context import located
 from dcp_engine.errors import (
+    CheckpointError,
     CheckpointException,
     ConflictError,
     NotFoundError,
@@ -134,7 +135,7 @@ class CheckpointReader:
             finally:
                 reader.close_checkpoint()
             destination = dict(request.destination)
-            report = _load(path, reader, destination, options)
+            report = _load(path, reader, destination, options, rank)
             if report.save_id != record.save_id:
                 raise ConflictError(
                     "the checkpoint was replaced while it was read", kind="superseded"
@@ -160,8 +161,13 @@ class CheckpointReader:
 
 
 def _load(
-    path: str, reader: ColumnarReader, destination: dict[str, Any], options: LoadOptions
+    path: str,
+    reader: ColumnarReader,
+    destination: dict[str, Any],
+    options: LoadOptions,
+    rank: int,
 ) -> LoadReport:
+    """Load on this rank alone; its failure is raised as it is."""
     try:
         return load(
             SingleSession(run_identity("")),
@@ -174,11 +180,16 @@ def _load(
         )
     except CheckpointException as error:
         cause = next((failure for failure, _ in error.failures.values()), None)
+        if not isinstance(cause, CheckpointError):
+            raise
+        cause.rank = rank
+        if error.hint is not None and error.hint not in (cause.hint or ""):
+            cause.hint = "; ".join(filter(None, (cause.hint, error.hint)))
         if isinstance(cause, StateMismatchError):
             raise LoadMismatchError.of(cause) from error
         if isinstance(cause, NotFoundError):
             raise CheckpointNotFoundError.of(cause) from error
-        raise
+        raise cause from error
 
 
 def _read_options(kwargs: dict[str, Any], rank_info: RankInfo) -> LoadOptions:

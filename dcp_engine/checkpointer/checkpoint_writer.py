@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,11 +18,11 @@ from dcp_engine.checkpointer.own_leaves import MarkedState
 from dcp_engine.checkpointer.sessions import Meeting, WriterSessions, WriteTurn
 from dcp_engine.checkpointer.staging import StagedStateDict
 from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
-from dcp_engine.coordination.interface import Deadlines
+from dcp_engine.coordination.interface import Deadlines, Operation
 from dcp_engine.errors import UsageError
 from dcp_engine.registry import BackendRegistry
 from dcp_engine.saver import PlanMemory, SaveOptions
-from dcp_engine.saver.save import begin_save, carry_out, content_of, require_writer
+from dcp_engine.saver.save import carry_out, content_of, require_writer
 
 __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook"]
 
@@ -161,28 +160,22 @@ class CheckpointWriter:
         turn: WriteTurn | None,
         kwargs: dict[str, Any],
     ) -> None:
-        storage = self._registry.writer(path)
-        require_writer(storage)
         options = SaveOptions(deadlines=self._deadlines())
-        content = content_of(
-            state, writer=storage, planner=None, group=meeting.group, options=options
-        )
         hook = self._commit_hook
-        with ExitStack() as stack:
-            operation = stack.enter_context(
-                begin_save(
-                    meeting.session,
-                    checkpoint_id=path,
-                    writer=storage,
-                    options=options,
-                    number=meeting.number,
-                )
-            )
+        # All that may fail comes after the begin, so that the other ranks hear of it.
+        with meeting.session.begin(
+            "save", path, deadlines=options.deadlines, number=meeting.number
+        ) as begun:
+            storage = self._registry.writer(path)
+            require_writer(storage)
+            operation: Operation = begun
             if hook is not None:
-                operation = HookedOperation(operation, lambda: hook.pre_commit(path, **kwargs))
+                operation = HookedOperation(begun, lambda: hook.pre_commit(path, **kwargs))
             carry_out(
                 operation,
-                content,
+                content_of(
+                    state, writer=storage, planner=None, group=meeting.group, options=options
+                ),
                 checkpoint_id=path,
                 writer=storage,
                 identity=meeting.session.identity,

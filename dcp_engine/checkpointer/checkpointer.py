@@ -7,6 +7,7 @@ Does not belong here: making the parts (``builder``).
 from __future__ import annotations
 
 import abc
+import logging
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -17,9 +18,11 @@ from dcp_engine.checkpointer.checkpoint_writer import CheckpointWriter
 from dcp_engine.checkpointer.staging import CheckpointStager
 from dcp_engine.checkpointer.types import STATE_DICT
 from dcp_engine.checkpointer.utils import WriteFuture, wrap_future
-from dcp_engine.errors import UsageError
+from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SyncCheckpointer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer(abc.ABC):
@@ -156,17 +159,35 @@ class AsyncCheckpointer(Checkpointer):
         """
         if self._closed:
             raise UsageError("the checkpointer is closed", checkpoint=path, hint="make a new one")
-        previous, self._write_future = self._write_future, None
+        # The others may be about to begin this write: it counts on all ranks, whatever happens.
         try:
-            if previous is not None:
-                previous.result()
+            self._raise_previous_failure()
+        except BaseException as error:
+            reason = CoordinationError(
+                f"the write was given up, because the one before it had failed: {error}",
+                kind="interrupted",
+            )
+            self._process.write(_failed(reason), path)
+            raise
+        try:
             staged = self._stager.stage(state_dict, **kwargs)
         except BaseException as error:
-            # The others may be about to begin this write: it counts on all ranks.
             self._process.write(_failed(error), path)
             raise
         self._write_future = self._process.write(staged, path, **kwargs)
         return wrap_future(staged), self._write_future
+
+    def _raise_previous_failure(self) -> None:
+        previous, self._write_future = self._write_future, None
+        failure = None if previous is None else previous.exception()
+        if failure is None:
+            return
+        if isinstance(failure, CheckpointException) and failure.kind == "interrupted":
+            # Another rank gave the write up, because it was told of a failure before it. To give
+            # up here in turn would have the ranks fail each other for ever.
+            logger.warning("the write before this one was given up: %s", failure)
+            return
+        raise failure
 
     def load(
         self,

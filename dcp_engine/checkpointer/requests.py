@@ -49,7 +49,14 @@ class _Keep:
     target: Any
 
 
-_Node = _Leaf | _Branch | _Keep
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """Below a ``PerRank`` of the caller's, which stays."""
+
+    child: _Node
+
+
+_Node = _Leaf | _Branch | _Keep | _Own
 
 
 @dataclass(kw_only=True)
@@ -68,7 +75,7 @@ class Request:
 
 def request_all(tree: StoredBranch, device: torch.device) -> Request:
     """Everything that is stored for this rank."""
-    walk = _Walk(device)
+    walk = _Walk(tree, device)
     walk.request.root = walk.everything(tree, (), target=ABSENT)
     return walk.request
 
@@ -80,7 +87,7 @@ def request_some(
 
     Raises ``LoadMismatchError`` for a place that what is stored does not fit.
     """
-    walk = _Walk(device)
+    walk = _Walk(tree, device)
     walk.request.root = walk.some(tree, state_dict, ())
     return walk.request
 
@@ -113,9 +120,15 @@ def fill(
 class _Walk:
     """Through what is stored, and what the caller has beside it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, tree: StoredBranch, device: torch.device) -> None:
         self.request = Request()
         self._device = device
+        self._unnested = {
+            key: node
+            for key, node in tree.children.items()
+            if isinstance(key, str) and "." in key and isinstance(node, StoredLeaf)
+        }
+        """Leaves by their full names, where the checkpoint does not say how they were nested."""
 
     def everything(self, node: StoredNode, path: Path, target: Any) -> _Node:
         """All below ``node``."""
@@ -133,8 +146,8 @@ class _Walk:
 
     def some(self, node: StoredNode, target: Any, path: Path) -> _Node:
         """What ``target`` has places for."""
-        while isinstance(target, PerRank):
-            target = target.value
+        if isinstance(target, PerRank):
+            return _Own(child=self.some(node, target.value, path))
         if target is None:
             return self.everything(node, path, target)
         if isinstance(node, StoredLeaf):
@@ -153,7 +166,7 @@ class _Walk:
         children: list[tuple[str | int, _Node]] = []
         for key, value in target.items():
             below = (*path, key)
-            child = node.children.get(key)
+            child = node.children.get(key) or self._without_nesting(below, value)
             if child is None or isinstance(key, bool):
                 self.request.missing.append(_label(below))
                 continue
@@ -167,7 +180,7 @@ class _Walk:
         length = max([len(target), *(int(key) + 1 for key in node.children)])
         for at in range(length):
             value = target[at] if at < len(target) else None
-            child = node.children.get(at)
+            child = node.children.get(at) or self._without_nesting((*path, at), value)
             if child is not None:
                 children.append((at, self.some(child, value, (*path, at))))
             elif value is not None:
@@ -175,8 +188,23 @@ class _Walk:
                 children.append((at, _Keep(target=value)))
         return _Branch(kind=node.kind, children=children, target=target)
 
+    def _without_nesting(self, path: Path, target: Any) -> StoredNode | None:
+        """What is stored for ``path`` under its full name, or names below it."""
+        if not self._unnested:
+            return None
+        name = ".".join(map(str, path))
+        if name in self._unnested:
+            return self._unnested[name]
+        if not isinstance(target, Mapping | list | tuple):
+            return None
+        if not any(other.startswith(f"{name}.") for other in self._unnested):
+            return None
+        return StoredBranch(kind="dict" if isinstance(target, Mapping) else "list")
+
     def _fitting_leaf(self, node: StoredLeaf, target: Any, path: Path) -> _Node:
         stored = node.tensor
+        if is_wrapper(target) and not is_shared(target):
+            raise _mismatch(path, target, "a plain tensor" if stored is not None else "an object")
         takes_tensor = isinstance(target, torch.Tensor) or is_shared(target)
         if (stored is not None) != takes_tensor:
             raise _mismatch(path, target, "a tensor" if stored is not None else "an object")
@@ -212,6 +240,8 @@ class _Walk:
 def _leaves(node: _Node) -> Iterator[_Leaf]:
     if isinstance(node, _Leaf):
         yield node
+    elif isinstance(node, _Own):
+        yield from _leaves(node.child)
     elif isinstance(node, _Branch):
         for _, child in node.children:
             yield from _leaves(child)
@@ -236,6 +266,9 @@ def _compare_types(root: _Node, values: Mapping[str, Any]) -> None:
 def _filled(node: _Node, values: Mapping[str, Any]) -> Any:
     if isinstance(node, _Keep):
         return node.target
+    if isinstance(node, _Own):
+        value = _filled(node.child, values)
+        return value if value is ABSENT else PerRank(value)
     if isinstance(node, _Leaf):
         return values.get(node.name, node.target)
     made = {key: _filled(child, values) for key, child in node.children}

@@ -6,9 +6,11 @@ Belongs here: reading a manifest as a tree. Does not belong here: what somebody 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dcp_engine.errors import StateMismatchError
 from dcp_engine.format.manifest import Manifest, StoredTensor
 from dcp_engine.state.adapters import FLATTEN_KEY
 
@@ -50,7 +52,10 @@ def stored_tree(manifest: Manifest, rank: int, world_size: int) -> StoredBranch:
     """All values that ``rank`` has a part in; of another number of ranks, all that there are."""
     root = StoredBranch(kind="dict")
     containers = manifest.nesting.containers()
-    for name, path in manifest.nesting.paths().items():
+    paths = manifest.nesting.paths()
+    # What a planner of another origin named without nesting it lies at the top.
+    own = {name: (name,) for name in _names(manifest) if name not in paths}
+    for name, path in (*paths.items(), *own.items()):
         leaf = _leaf(manifest, name, rank, world_size)
         if leaf is None:
             continue
@@ -61,8 +66,19 @@ def stored_tree(manifest: Manifest, rank: int, world_size: int) -> StoredBranch:
                 below = StoredBranch(kind=containers.get(path[:depth], "dict"))
                 branch.children[path[depth - 1]] = below
             branch = below
+        if path[-1] in branch.children:
+            raise StateMismatchError(
+                "there are two values at one place", kind="type_mismatch", tensor=name
+            )
         branch.children[path[-1]] = leaf
     return root
+
+
+def _names(manifest: Manifest) -> Iterator[str]:
+    yield from manifest.tensors
+    yield from manifest.objects
+    yield from manifest.per_rank_tensors
+    yield from manifest.per_rank_objects
 
 
 def _leaf(manifest: Manifest, name: str, rank: int, world_size: int) -> StoredLeaf | None:

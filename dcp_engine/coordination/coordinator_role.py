@@ -237,7 +237,7 @@ class CoordinatorRole(Role):
         missing = self._liveness.missing(self.step)
         if missing:
             self._miss(missing, "timeout")
-        elif self._state == "local":
+        if self._state == "local":
             self._blame_coordinator()
         # else all reports are there, and the next look collects them
 
@@ -257,6 +257,9 @@ class CoordinatorRole(Role):
 
     def _blame_coordinator(self) -> None:
         message = f"rank {self.rank}, the coordinator, has not finished {self.clock.waited()}"
+        if self._verdict_text is not None:
+            self._verdict_text = (f"{self._verdict_text[0]}; {message}", "timeout")
+            self._missed.add(self.rank)
         self._notice([silent_rank(self.rank, message, "timeout")], own=True)
 
     # -- failures ------------------------------------------------------------------------------

@@ -198,6 +198,10 @@ def exception_of(
     for record in ordered:
         if record.rank not in failures:
             failures[record.rank] = restore(record)
+    if kind is None and failures:
+        # Of what the coordinator saw, before this rank puts its own in: the same on all ranks.
+        first = next(iter(failures.values()))[0]
+        kind = first.kind if isinstance(first, CheckpointError) else None
     if local is not None:
         rank, exception = local
         if rank in failures:

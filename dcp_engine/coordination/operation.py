@@ -160,7 +160,9 @@ class StoreOperation(Operation):
         try:
             thread.ask(lambda role: role.depart())
         except CheckpointError:
-            return  # the store is lost, and its keys with it; whoever needed it has been told
+            # The store is lost, and its keys with it; whoever needed it has been told.
+            thread.stop(0)
+            return
         if thread.stop(self._rhythm.slack) and thread.client is not None:
             self._give_back(thread.client)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import math
@@ -59,7 +60,8 @@ class Engine:
         connect_timeout: seconds to wait for the other ranks when the session opens.
         max_pending: asynchronous saves that may hold staging memory at the same time; each costs
             the size of the state.
-        drain_at_exit: whether the end of the program waits for pending asynchronous saves.
+        drain_at_exit: whether the end of the program waits for pending asynchronous saves. If not,
+            they are given up, and that is logged.
         drain_timeout: seconds that it, and ``close``, wait for them.
 
     The session with the other ranks opens at the first operation that needs it, which must be
@@ -89,6 +91,7 @@ class Engine:
         self._alone: Session | None = None
         self._collective_free_saves = 0
         self._closed = False
+        self._owner = os.getpid()
         self._registry = BackendRegistry()
         self._plans = PlanMemory()
         self._alone_plans = PlanMemory()
@@ -326,13 +329,17 @@ class Engine:
 
     def close_at_exit(self) -> None:
         """As ``close``, for the end of the program: waits only if ``drain_at_exit``, and logs what
-        nobody can catch any more."""
+        nobody can catch any more. An engine that saved asynchronously and was not closed does it
+        by itself. Nothing in a fork, which has no part in the saves."""
+        if os.getpid() != self._owner:
+            return
         failure = self._close(self._drain_timeout if self._drain_at_exit else 0.0)
         if failure is not None:
             logger.error("an asynchronous save failed", exc_info=failure)
 
     def _close(self, drain_timeout: float | None) -> BaseException | None:
         self._closed = True
+        atexit.unregister(self.close_at_exit)
         failure = None if self._async is None else self._async.close(drain_timeout)
         for session in (self._session, self._alone):
             if session is not None:
@@ -358,6 +365,8 @@ class Engine:
         self._refuse_if_closed()
         if self._async is None:
             self._async = AsyncSaver(place.group.rank, max_pending=self._max_pending)
+            # This holds the engine, so that no save is lost with an engine that nobody holds.
+            atexit.register(self.close_at_exit)
         return self._async
 
     def _writer(

@@ -29,7 +29,7 @@ from dcp_engine.loader.medium import RankPlace, place_of, worth_handing_on
 from dcp_engine.loader.objects import ObjectRequest, WantedObject, choose_object
 from dcp_engine.loader.options import LoadOptions
 from dcp_engine.loader.report import LoadReport
-from dcp_engine.loader.restore import partly_filled, run_restore, with_memory
+from dcp_engine.loader.restore import closing, partly_filled, run_restore, with_memory
 from dcp_engine.loader.share import agree_on_share
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource, make_load_columns, unexpected_keys
@@ -147,7 +147,7 @@ def load_columns(
         return msgspec.msgpack.encode(count)
 
     loaded: list[tuple[Path, object]] = []
-    try:
+    with closing(reader):
         agreed = agree_on_manifest(operation, reader, checkpoint_id)
         concluded, _ = operation.step("plan", here(plan), conclude)
         common_plan = msgspec.msgpack.decode(concluded, type=_Common)
@@ -159,8 +159,6 @@ def load_columns(
         # the others do not take it for one that died.
         with partly_filled(), ExitStack() as open_groups:
             common, _ = operation.step("read", here(read), _total)
-    finally:
-        reader.close_checkpoint()
     plan_ = plans[0]
 
     def restore() -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from dcp_engine.errors import ConflictError, InvalidPlanError
 from dcp_engine.foreign_calls import ObjectMail, takes_keywords
 from dcp_engine.loader.destination import Destination
 from dcp_engine.loader.report import LoadReport
-from dcp_engine.loader.restore import partly_filled, run_restore
+from dcp_engine.loader.restore import closing, partly_filled, run_restore
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.plan import LoadPlan
@@ -106,13 +107,10 @@ def load_items(
         destination.finish()
         return b""
 
-    try:
+    with closing(reader) if isinstance(reader, ColumnarReader) else nullcontext():
         stateful, own = operation.step("plan", here(local_plan), global_plan)
         with partly_filled():
             operation.step("read", here(partial(read, own)), lambda _: Decision())
-    finally:
-        if isinstance(reader, ColumnarReader):
-            reader.close_checkpoint()
     run_restore(operation, here(restore), together=bool(stateful))
     return reports[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dcp_engine.coordination.interface import Session
@@ -37,11 +37,6 @@ def load(
     options: LoadOptions,
 ) -> LoadReport:
     """Load into ``state_dict`` through ``reader``; on every rank of ``session``."""
-    if not isinstance(reader, StorageReader):
-        raise UsageError(
-            f"{type(reader).__name__} is not a dcp_engine.StorageReader",
-            hint="derive it from dcp_engine.StorageReader instead of torch's class of that name",
-        )
     planner = planner if planner is not None else DefaultLoadPlanner()
     destination = Destination(state_dict)
     for attempt in range(1, ATTEMPTS + 1):
@@ -64,17 +59,22 @@ def _attempt(
     group: GroupRanks,
     options: LoadOptions,
 ) -> LoadReport:
-    columnar = (
-        isinstance(reader, ColumnarReader)
-        and reader.takes_columns
-        and is_default_load_planner(planner)
-    )
-    name = None if checkpoint_id is None else redact_url(checkpoint_id)
-    if name is None:
-        name = reader.checkpoint if isinstance(reader, ColumnarReader) else type(reader).__name__
+    name = _name(checkpoint_id, reader)
     with session.begin(
         "load", name, deadlines=options.deadlines, coordinator_rank=options.coordinator_rank
     ) as operation:
+        # Inside the operation: its number is taken on every rank, and a failure is heard of.
+        if not isinstance(reader, StorageReader):
+            raise UsageError(
+                f"{type(reader).__name__} is not a dcp_engine.StorageReader",
+                hint="derive it from dcp_engine.StorageReader instead of torch's class of that "
+                "name",
+            )
+        columnar = (
+            isinstance(reader, ColumnarReader)
+            and reader.takes_columns
+            and is_default_load_planner(planner)
+        )
         if isinstance(reader, ColumnarReader):
             reader.expect_ranks(operation.world_size)
         if columnar and isinstance(reader, ColumnarReader):
@@ -106,6 +106,17 @@ def _attempt(
                 reader=reader,
                 planner=planner,
             )
+
+
+def _name(checkpoint_id: str | None, reader: StorageReader) -> str:
+    """The checkpoint, for messages: without credentials."""
+    if checkpoint_id is not None:
+        return redact_url(checkpoint_id)
+    if isinstance(reader, ColumnarReader):
+        # What fails here is to fail in the operation, where the other ranks hear of it.
+        with suppress(Exception):
+            return reader.checkpoint
+    return type(reader).__name__
 
 
 @contextmanager

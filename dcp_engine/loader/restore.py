@@ -1,22 +1,27 @@
 """The two ends of a load that both ways share: memory before it, foreign code after it.
 
-Belongs here: what happens to the caller's values besides filling tensors. Does not belong here:
+Belongs here: what happens to the caller's values besides filling tensors, and closing the reader. Does not belong here:
 where values lie in the state dict (``destination``).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from dcp_engine.coordination.failures import raised_by_exit
 from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.errors import CheckpointException
+from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.item_state import materialized
 from dcp_engine.state.flatten import Leaf
 
-__all__ = ["partly_filled", "run_restore", "with_memory"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["closing", "partly_filled", "run_restore", "with_memory"]
 
 
 def with_memory(leaf: Leaf) -> Leaf:
@@ -37,6 +42,20 @@ def partly_filled() -> Iterator[None]:
             filter(None, (error.hint, "the tensors of the destination may be partly filled"))
         )
         raise
+
+
+@contextmanager
+def closing(reader: ColumnarReader) -> Iterator[None]:
+    """Close the checkpoint in the end. Failing to neither fails a load nor hides why it failed."""
+    try:
+        yield
+    finally:
+        try:
+            reader.close_checkpoint()
+        except BaseException as error:
+            if raised_by_exit(error):
+                raise
+            logger.exception("%s could not close the checkpoint", type(reader).__name__)
 
 
 def run_restore(operation: Operation, restore: Callable[[], bytes], *, together: bool) -> None:

@@ -12,7 +12,7 @@ from dcp_engine.coordination.interface import Decision, Operation
 from dcp_engine.error_context import located
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, SaveTicket
 from dcp_engine.planning.collective_free import make_own_plan
-from dcp_engine.saver.outcome import commit_once, settle_failure
+from dcp_engine.saver.outcome import commit_once, finish_commit, settle_failure
 from dcp_engine.saver.prepare import PrepareState
 
 __all__ = ["save_collective_free"]
@@ -64,5 +64,5 @@ def save_collective_free(
             checkpoint=writer.checkpoint,
         )
         raise
-    writer.end_save()
+    finish_commit([writer.end_save], checkpoint=writer.checkpoint)
     return msgspec.msgpack.decode(common, type=CommitRecord)

@@ -16,7 +16,7 @@ from dcp_engine.errors import ConflictError
 from dcp_engine.format.names import new_save_id
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, RankReport, SaveTicket
 from dcp_engine.saver.agreement import Agreed, Agreement
-from dcp_engine.saver.outcome import commit_once, settle_failure
+from dcp_engine.saver.outcome import commit_once, finish_commit, settle_failure
 from dcp_engine.saver.plan_memory import PlanMemory
 from dcp_engine.saver.prepare import PreparedState, PrepareState
 
@@ -41,12 +41,13 @@ def save_columns(
         dedup_to_lowest_rank, strict_replicas: see ``Agreement``.
     """
     save = _ColumnarSave(operation, checkpoint_id, writer, ticket)
+    checkpoint = writer.checkpoint
     agreement = Agreement(
         operation,
         memory,
         dedup_to_lowest_rank=dedup_to_lowest_rank,
         strict_replicas=strict_replicas,
-        checkpoint=writer.checkpoint,
+        checkpoint=checkpoint,
     )
     try:
         prepared, answer = save.agree(agreement, prepare_state)
@@ -59,13 +60,12 @@ def save_columns(
             abort=writer.abort_save,
             leave_in_doubt=writer.leave_in_doubt,
             reported=save.reported,
-            checkpoint=writer.checkpoint,
+            checkpoint=checkpoint,
         )
         raise
-    if operation.is_coordinator:
-        writer.remove_replaced()
-    writer.end_save()
     agreed.remember(memory)
+    cleaning = [writer.remove_replaced] if operation.is_coordinator else []
+    finish_commit([*cleaning, writer.end_save], checkpoint=checkpoint)
     return record
 
 

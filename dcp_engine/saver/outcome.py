@@ -8,9 +8,11 @@ was ``commit`` and the save failed all the same, is it proved that the manifest 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
+from dcp_engine.coordination.failures import raised_by_exit
 from dcp_engine.coordination.interface import Operation
 from dcp_engine.errors import (
     CheckpointError,
@@ -19,7 +21,7 @@ from dcp_engine.errors import (
     CoordinationError,
 )
 
-__all__ = ["commit_once", "settle_failure"]
+__all__ = ["commit_once", "finish_commit", "settle_failure"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +42,8 @@ def commit_once(operation: Operation, commit: Callable[[], T]) -> T:
     except CheckpointError:
         raise
     except BaseException as error:
+        if raised_by_exit(error):
+            raise  # as it is; the others take it for a doubt all the same
         raise ConflictError(
             f"the commit ended with {type(error).__name__}: {error}",
             kind="commit_in_doubt",
@@ -67,6 +71,9 @@ def settle_failure(
         _tidy(leave_in_doubt, checkpoint)
         if isinstance(error, CheckpointException) and error.kind == "commit_in_doubt":
             return
+        if raised_by_exit(error):
+            error.add_note(f"whether save {operation.number} was committed is not known")
+            return
         failures = error.failures if isinstance(error, CheckpointException) else {}
         raise CheckpointException(
             f"whether save {operation.number} was committed is not known: {error}",
@@ -78,13 +85,23 @@ def settle_failure(
     _tidy(abort, checkpoint)
 
 
-def _tidy(action: Callable[[], None], checkpoint: str) -> None:
+def finish_commit(actions: Sequence[Callable[[], None]], *, checkpoint: str) -> None:
+    """After a save that all ranks know to be committed: what is left to do on this one. Failing
+    to is no failed save; it is logged."""
+    with ExitStack() as all_of_them:
+        for action in reversed(actions):
+            all_of_them.callback(_tidy, action, checkpoint, "committed")
+
+
+def _tidy(action: Callable[[], None], checkpoint: str, outcome: str = "failed") -> None:
     try:
         action()
-    except Exception:
-        # The save has failed already and its cause matters more; what remains is garbage that
-        # owner.json identifies, and the next save or prune removes it.
-        logger.exception("could not tidy up after the failed save to %s", checkpoint)
+    except BaseException as error:
+        if raised_by_exit(error):
+            raise
+        # How the save ended is known and matters more; what remains is garbage that owner.json
+        # identifies, and the next save or prune removes it.
+        logger.exception("could not tidy up after the %s save to %s", outcome, checkpoint)
 
 
 def _in_doubt(operation: Operation, error: BaseException) -> bool:

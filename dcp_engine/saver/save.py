@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dcp_engine.coordination.interface import Operation, RunIdentity, Session
 from dcp_engine.default_planner import DefaultSavePlanner, is_default_save_planner
 from dcp_engine.errors import UsageError
+from dcp_engine.format.manifest import Manifest
 from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, SaveTicket
@@ -85,11 +87,14 @@ def save(
         group, world_size: the ranks that save together, in either case.
         memory: plans of earlier saves, by the same ranks.
     """
-    require_writer(writer)
-    content = content_of(state_dict, writer=writer, planner=planner, group=group, options=options)
+    # Inside the operation: its number is taken on every rank, and a failure is heard of.
     with begin_save(
         session, checkpoint_id=checkpoint_id, writer=writer, options=options
     ) as operation:
+        require_writer(writer)
+        content = content_of(
+            state_dict, writer=writer, planner=planner, group=group, options=options
+        )
         return carry_out(
             operation,
             content,
@@ -240,14 +245,31 @@ def carry_out(
             writer=writer,
             ticket=ticket(options.save_id),
         )
-    return Saved(metadata=ManifestMetadata.lazily(writer.manifest_source(record)), record=record)
+    return Saved(metadata=ManifestMetadata.lazily(_manifest_source(writer, record)), record=record)
+
+
+def _manifest_source(writer: ColumnarWriter, record: CommitRecord) -> Callable[[], Manifest]:
+    """The writer's. The save is committed: what fails here fails for whoever reads the metadata."""
+    try:
+        return writer.manifest_source(record)
+    except Exception as error:
+        reason = error
+
+    def fail() -> Manifest:
+        raise reason
+
+    return fail
 
 
 def checkpoint_name(checkpoint_id: str | None, writer: StorageWriter) -> str:
     """The checkpoint, for messages: without credentials."""
     if checkpoint_id is not None:
         return redact_url(checkpoint_id)
-    return writer.checkpoint if isinstance(writer, ColumnarWriter) else type(writer).__name__
+    if isinstance(writer, ColumnarWriter):
+        # What fails here is to fail in the operation, where the other ranks hear of it.
+        with suppress(Exception):
+            return writer.checkpoint
+    return type(writer).__name__
 
 
 def _ticket_maker(

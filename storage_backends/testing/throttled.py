@@ -73,15 +73,20 @@ class ThrottledByteStore(WrappingByteStore):
                 self._active += 1
                 self.peak_streams = max(self.peak_streams, self._active)
             try:
+                # Nothing comes before the latency is over, then the medium below has its time.
+                self._wait_until(begin + self._latency)
                 result = call()
-                took = self._latency + (nbytes / self._bandwidth if self._bandwidth else 0.0)
-                rest = begin + took - self._clock()
-                if rest > 0:
-                    self._sleep(rest)
+                pace = nbytes / self._bandwidth if self._bandwidth else 0.0
+                self._wait_until(begin + self._latency + pace)
                 return result
             finally:
                 with self._lock:
                     self._active -= 1
+
+    def _wait_until(self, moment: float) -> None:
+        rest = moment - self._clock()
+        if rest > 0:
+            self._sleep(rest)
 
     def around(self, operation: str, name: str, call: Callable[[], T]) -> T:
         return self._request(0, call)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -194,14 +196,16 @@ def test_the_default_writer_has_the_configs_barrier_and_timeouts(tmp_path: Path)
         make_async_checkpointer(CheckpointerConfig(barrier_config=BarrierConfig("nope")))
 
 
-def test_one_of_several_ranks_without_a_way_to_the_others_is_told_the_choices(
-    tmp_path: Path,
-) -> None:
-    config = CheckpointerConfig(process_config=CONFIG)
-    with make_async_checkpointer(config, rank_info=RankInfo(1, 2)) as checkpointer:
-        error = checkpointer.save(str(tmp_path / "c"), {"a": 1})[1].exception()
-    assert isinstance(error, UsageError)
-    assert "tcp_store" in str(error)
+def test_a_program_that_ends_without_closing_waits_for_its_write(tmp_path: Path) -> None:
+    program = (
+        "import torch, dcp_engine\n"
+        "checkpointer = dcp_engine.make_async_checkpointer()\n"
+        "checkpointer.save('c', {'w': torch.ones(3)})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    into = {"w": torch.zeros(3)}
+    dcp.load(into, checkpoint_id=tmp_path / "c")
+    assert into["w"].tolist() == [1.0] * 3
 
 
 def test_the_default_stager_stages_at_once_or_in_the_background() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dcp_engine as dcp
 from dcp_engine.checkpointer import (
@@ -17,7 +20,13 @@ from dcp_engine.checkpointer import (
     TCPStoreBarrier,
     make_sync_checkpointer,
 )
-from dcp_engine.errors import CheckpointException, NotFoundError, StateMismatchError, UsageError
+from dcp_engine.errors import (
+    DamagedCheckpointError,
+    NotFoundError,
+    StateMismatchError,
+    UnsafeContentError,
+    UsageError,
+)
 from tests.checkpointer.test_barriers import free_port, on_ranks, tcp_args
 
 ALONE = RankInfo(0, 1)
@@ -104,6 +113,15 @@ def test_none_stands_for_whatever_is_there(path: Path) -> None:
     assert missing == []
     expected = {key: state()[key] for key in ("w", "layers", "pair", 7)}
     assert same(found, expected), found
+
+
+def test_marks_of_per_rank_values_stay(path: Path) -> None:
+    tensor = torch.zeros(2, 3)
+    found, missing = read(path, {"w": dcp.PerRank(tensor), "layers": dcp.PerRank([None])})
+    assert missing == []
+    assert found["w"].value is tensor
+    assert same(tensor, state()["w"])
+    assert same(found["layers"].value, state()["layers"])
 
 
 def test_only_what_is_asked_for_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +244,7 @@ class Strange:
 def test_pickles_are_executed_by_name_only(tmp_path: Path) -> None:
     with CheckpointWriter(CheckpointWriterConfig(), ALONE) as writer:
         writer.write(tmp_path / "c", {"odd": Strange(), "step": 1})
-    with pytest.raises(CheckpointException) as caught:
+    with pytest.raises(UnsafeContentError) as caught:
         read(tmp_path / "c")
     assert caught.value.kind in ("pickle_refused", "import_refused")
     assert read(tmp_path / "c", {"step": None})[0] == {"step": 1}
@@ -283,6 +301,57 @@ def test_another_number_of_ranks_gets_what_is_the_same_and_the_rest_by_policy(of
     found, _ = read(of_two, {"rng": None, "seed": 0, "only": None}, per_rank="list")
     assert [tensor.tolist() for tensor in found["rng"]] == [[0, 0], [1, 1]]
     assert (found["seed"], found["only"]) == ([0, 1], {"here": ["x"]})
+
+
+def test_damage_is_told_of_the_rank_that_met_it(of_two: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(of_two, damaged)
+    (file,) = damaged.glob("data-*/rank00001-00.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    reader = CheckpointReader(RankInfo(1, 2))
+    with pytest.raises(DamagedCheckpointError) as caught:
+        reader.read(damaged)
+    assert (caught.value.kind, caught.value.rank) == ("digest_mismatch", 1)
+    assert "partly filled" in str(caught.value)
+    assert CheckpointReader(RankInfo(0, 2)).read(damaged)[0]["seed"] == 0
+
+
+def test_names_that_were_never_nested_lie_at_the_top(tmp_path: Path) -> None:
+    class Renaming(dcp.DefaultSavePlanner):
+        def create_local_plan(self) -> dcp.SavePlan:
+            plan = super().create_local_plan()
+            return dataclasses.replace(plan, planner_data=None)
+
+    state = {"a": {"b": torch.ones(2)}, "l": [torch.zeros(1)], "c": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "c", planner=Renaming())
+    found, _ = read(tmp_path / "c")
+    assert same(found, {"a.b": torch.ones(2), "l.0": torch.zeros(1), "c": 3}), found
+    # A destination tells how they are nested.
+    into: dict[str, Any] = {"a": {"b": torch.zeros(2), "x": 1}, "l": [None], "c": None, "d": {}}
+    found, missing = read(tmp_path / "c", into)
+    assert missing == ["a.x", "d"]
+    assert same(found["a"]["b"], torch.ones(2))
+    assert same(found["l"], [torch.zeros(1)])
+    assert found["c"] == 3
+
+
+def test_a_subclass_of_tensor_takes_its_own_kind_only(path: Path) -> None:
+    pair = TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="TwoTensor, what is stored a plain tensor"):
+        read(path, {"w": pair})
+
+
+def test_a_subclass_of_tensor_is_filled_part_by_part(tmp_path: Path) -> None:
+    with CheckpointWriter(CheckpointWriterConfig(), ALONE) as writer:
+        writer.write(tmp_path / "c", {"p": TwoTensor(torch.ones(2), torch.full((2,), 2.0))})
+    pair = TwoTensor(torch.zeros(2), torch.zeros(2))
+    found, missing = read(tmp_path / "c", {"p": pair})
+    assert missing == []
+    assert found["p"] is pair
+    assert (pair.a.tolist(), pair.b.tolist()) == ([1.0, 1.0], [2.0, 2.0])
+    assert same(read(tmp_path / "c")[0], {"p": {"a": torch.ones(2), "b": torch.full((2,), 2.0)}})
 
 
 def test_a_checkpointer_finds_what_it_put_into_memory() -> None:

@@ -19,7 +19,8 @@ from dcp_engine.checkpointer import (
 )
 from dcp_engine.checkpointer.own_leaves import MarkedState, is_shared
 from dcp_engine.checkpointer.sessions import WriteTurn
-from dcp_engine.errors import CheckpointException, UsageError
+from dcp_engine.errors import CheckpointException, StorageError, UsageError
+from dcp_engine.registry import BackendRegistry
 from tests.checkpointer.test_barriers import free_port, on_ranks, tcp_args
 
 ALONE = RankInfo(0, 1)
@@ -207,6 +208,19 @@ def test_a_turn_that_comes_to_no_write_fails_the_others_at_once(tmp_path: Path) 
     assert "nothing to write" in str(first)
     assert second is None
     pair.writers[1].give_up_turn(tmp_path / "c", MemoryError("no turn, nothing to do"))
+    pair.close()
+
+
+def test_a_place_that_one_rank_has_no_backend_for_fails_all(tmp_path: Path) -> None:
+    pair = Pair()
+    usual, pair.writers[0]._registry = pair.writers[0]._registry, BackendRegistry(entry_points=[])
+    first, second = pair.write(tmp_path / "c", {"a": 1}, {"a": 2})
+    assert isinstance(first, StorageError)
+    assert isinstance(second, CheckpointException)
+    assert list(second.failures) == [0]
+    assert "no storage backend" in str(second)
+    pair.writers[0]._registry = usual
+    assert pair.write(tmp_path / "c", {"a": 1}, {"a": 2}) == [None, None]
     pair.close()
 
 

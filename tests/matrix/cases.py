@@ -70,7 +70,7 @@ def _cells(site: Site) -> Iterable[Case]:
         places, ("one", "coordinator", "all"), FAULTS, whens
     ):
         coordinator = size - 1 if chief == "last" else 0
-        if size == 1 and (subset != "coordinator" or site.who == "others"):
+        if size == 1 and (subset != "coordinator" or site.who == "others" or not site.alone):
             continue
         if (
             site.who != "all"

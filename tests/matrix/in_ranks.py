@@ -82,11 +82,7 @@ class _State:
                 *content["bias"].tolist(),
                 content["step"],
                 *content["log"],
-                *(
-                    (content["own"].value - dist.get_rank()).tolist()
-                    if "own" in content
-                    else []
-                ),
+                *((content["own"].value - dist.get_rank()).tolist() if "own" in content else []),
                 *self.part.held.tolist(),
             }
         )
@@ -120,7 +116,10 @@ def _options(case: Case) -> dict[str, Any]:
     return {
         "no_dist": case.world_size == 1,
         "coordinator_rank": case.coordinator,
-        "timeout": DEADLINE if case.fault == "hang" else PATIENCE,
+        # A rank that dies before its first word is missed at the deadline only.
+        "timeout": DEADLINE
+        if case.fault == "hang" or (case.fault == "kill" and case.site.outside)
+        else PATIENCE,
         "stall_timeout": STALL if case.fault == "kill" else PATIENCE,
     }
 
@@ -176,6 +175,7 @@ def _strikes(case: Case, control: str) -> Strikes:
             ranks=case.ranks,
             how=case.fault,
             when=case.when,
+            nth=case.site.nth,
             together=case.site.together and len(case.ranks) > 1,
             waiters=tuple(r for r in world if r not in case.ranks),
             limit=DEADLINE + 0.5 if len(case.ranks) == case.world_size else PATIENCE,
@@ -229,7 +229,7 @@ def _save(on: dcp.Engine, path: str, value: float) -> None:
 
 
 def _load(on: dcp.Engine, path: str) -> list[float]:
-    state = _State(-1.0)
+    state = _State(-1.0, own=False)  # in DCP's life cycle there are no ranks' own values
     on.load(
         state.content,
         storage_reader=dcp.FileSystemReader(path),
@@ -280,8 +280,8 @@ def survived(cases: list[Case], root: str) -> list[dict[str, Any]]:
         for _ in range(2):
             _save(on, place, value)
             _load(on, place)
-        before = _resources()
         for number, case in enumerate(cases):
+            before = _resources()
             report = _struck(on, case, place, value, f"{root}/control-{number}")
             dist.barrier()
             report.update(_aftermath(on, place, value + 2))

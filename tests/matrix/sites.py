@@ -29,11 +29,18 @@ class Site:
     method: str
     phase: str
     """Of the operation, as its deadlines call it; ``"failed"`` is the clean-up after a failure,
-    ``"over"`` what is left to do when the outcome is known to all."""
+    ``"over"`` what is left to do when the outcome is known to all, ``"closing"`` what may fail
+    without doing harm, while others wait."""
     name: str = "*"
     """Of the file, for the calls of a store."""
     who: Literal["all", "coordinator", "others"] = "all"
     """Which ranks call it."""
+    nth: int = 1
+    """Which call of the operation is struck."""
+    alone: bool = True
+    """A rank that loads or saves alone makes this call too."""
+    outside: bool = False
+    """Lies before the first step: a rank that fails there raises what was raised."""
     together: bool = True
     """All ranks call it in one step, so that all can fail in it at once."""
     commit: Literal["before", "decided", "after"] = "before"
@@ -50,11 +57,6 @@ class Site:
             where += f"({self.name})"
         return f"{self.operation}/{self.path}/{where}"
 
-    @property
-    def is_tidying(self) -> bool:
-        """Failing here changes nothing about the outcome, which is known."""
-        return self.phase in ("failed", "over")
-
 
 _COLUMN_SAVE = Site(operation="save", path="columns", subject="writer", method="", phase="agree")
 _ITEM_SAVE = replace(_COLUMN_SAVE, path="items", phase="plan")
@@ -69,8 +71,7 @@ def _site(base: Site, method: str, phase: str = "", /, **changes: object) -> Sit
 def _column_save() -> list[Site]:
     s, at = _COLUMN_SAVE, _site
     writer = [
-        at(s, "takes_columns"),
-        at(s, "checkpoint"),
+        at(s, "takes_columns", outside=True),
         at(s, "reset"),
         at(s, "observe", who="coordinator"),
         at(s, "begin_save", together=False),
@@ -103,7 +104,7 @@ def _column_save() -> list[Site]:
         at(t, "close_store", "over", commit="after"),
         at(t, "list", "failed", name="data-*/", first="writer.write_columns"),
         at(t, "delete", "failed", first="writer.write_columns after"),
-        at(t, "abort", "failed", name=DATA, first="store.write", who="others"),
+        at(t, "abort", "write", name=DATA, first="store.write", who="others"),
         at(t, "close_store", "failed", first="writer.write_columns"),
     ]
     return [*writer, *store, at(replace(s, subject="stateful"), "state_dict")]
@@ -138,15 +139,15 @@ def _item_save() -> list[Site]:
 def _column_load() -> list[Site]:
     s, at = _COLUMN_LOAD, _site
     reader = [
-        at(s, "takes_columns"),
-        at(s, "checkpoint"),
+        at(s, "takes_columns", outside=True),
         at(s, "reset"),
         at(s, "open_checkpoint", together=False),
-        at(s, "local_data_file", "plan"),
+        at(s, "local_data_file", "plan", alone=False),
         at(s, "read_object", "read"),
         at(s, "read_columns", "read"),
-        at(s, "close_checkpoint", "over"),
-        at(s, "close_checkpoint", "failed", first="reader.read_columns"),
+        # The first two calls come with reset and open_checkpoint.
+        at(s, "close_checkpoint", "closing", nth=3),
+        at(s, "close_checkpoint", "failed", nth=3, first="reader.read_columns"),
     ]
     t = replace(s, subject="store")
     store = [
@@ -155,7 +156,7 @@ def _column_load() -> list[Site]:
         at(t, "read", "read", name=DIGESTS),
         at(t, "read", "read", name=DATA),
         at(t, "size", "plan", name=DATA),
-        at(t, "close_store", "over"),
+        at(t, "close_store", "closing"),
     ]
     v = replace(s, subject="stateful")
     return [*reader, *store, at(v, "state_dict", "plan"), at(v, "load_state_dict", "restore")]
@@ -171,7 +172,7 @@ def _item_load() -> list[Site]:
         at(s, "prepare_local_plan"),
         at(s, "prepare_global_plan", **here),
         at(s, "read_data", "read", futures=True),
-        at(s, "close_checkpoint", "over"),
+        at(s, "close_checkpoint", "closing", nth=3),
     ]
     p = replace(s, subject="planner")
     planner = [

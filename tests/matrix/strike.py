@@ -67,6 +67,7 @@ class Strike:
     """A key of ``ERRORS``, ``"hang"`` or ``"kill"``."""
     when: str
     """``"before"`` the real call, ``"after"`` it, or in the ``"future"`` that it returns."""
+    nth: int = 1
     together: bool
     """The ranks meet before they are struck."""
     waiters: tuple[int, ...]
@@ -75,7 +76,7 @@ class Strike:
     """... or after so many seconds."""
 
     def around(self, call: Callable[[], Any]) -> Any:
-        """``call()``, struck if it is the first one here."""
+        """``call()``, struck if it is the ``nth`` one here."""
         if not self._is_due():
             return call()
         if self.when == "before":
@@ -90,12 +91,14 @@ class Strike:
     def _is_due(self) -> bool:
         if self.rank not in self.ranks:
             return False
-        try:
-            claim = Path(self.control, f"{self.label}-claim-{self.rank}")
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
-        return True
+        for number in range(1, self.nth + 1):
+            claim = Path(self.control, f"{self.label}-call-{self.rank}-{number}")
+            try:
+                os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                continue
+            return number == self.nth
+        return False
 
     def land(self) -> None:
         """Fail as told. What is raised says "injected"."""

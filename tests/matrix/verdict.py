@@ -16,6 +16,8 @@ __all__ = ["complaints"]
 Report = Mapping[str, Any]
 
 EXITS = {"keyboard": "KeyboardInterrupt", "exit": "SystemExit"}
+RAISED = {"rank_failed", "io_error"}
+"""Kinds of what was injected, and of the errors that the engine makes of a store's."""
 OLD, NEW = 0.0, 1.0
 """What a checkpoint is made of, as the difference to what was saved before the case."""
 
@@ -47,31 +49,56 @@ def complaints(
 def _of_one(
     case: Case, rank: int, report: Report, struck: list[int], first: list[int]
 ) -> Iterator[str]:
-    site = case.site
-    if more := report["left over"]:
+    site, raised, text = case.site, report["raised"], report["text"]
+    if (more := report["left over"]) and not _keeps_descriptor(case, rank in struck):
         yield f"left over {more}"
     if rank in struck and case.fault in EXITS:
-        if report["raised"] != EXITS[case.fault]:
-            yield f"raised {report['raised'] or 'nothing'}, not {EXITS[case.fault]}"
-        return
-    if site.is_tidying and not site.first:
-        if report["raised"]:
-            yield f"raised {report['raised']}, though all was over: {report['text']}"
-        return
-    if report["raised"] != "CheckpointException":
-        # Alone there is nobody who would not wait for a commit that is late.
-        if not (case.world_size == 1 and case.fault == "hang" and site.commit == "decided"):
-            yield f"raised {report['raised'] or 'nothing'}: {report['text']}"
-        return
-    named = first if site.first else struck
-    if _store_died(case, struck) and not site.is_tidying:
+        if raised != EXITS[case.fault]:
+            yield f"raised {raised or 'nothing'}, not {EXITS[case.fault]}: {text}"
+    elif _is_harmless(case) and not site.first:
+        if raised and not (_store_died(case, struck) and report["kind"] == "commit_in_doubt"):
+            yield f"raised {raised}, though all was over: {text}"
+    elif raised == "CheckpointException":
+        yield from _of_verdict(case, report, struck, first)
+    elif not _may_raise(case, raised, rank in struck):
+        yield f"raised {raised or 'nothing'}: {text}"
+
+
+def _of_verdict(case: Case, report: Report, struck: list[int], first: list[int]) -> Iterator[str]:
+    site, text = case.site, report["text"]
+    named = first if site.first and _is_harmless(case) else struck
+    if _store_died(case, struck) and not _is_harmless(case):
         named = []
     if report["ranks"] != named:
-        yield f"named {report['ranks']}, not {named}: {report['text']}"
+        yield f"named {report['ranks']}, not {named}: {text}"
     if report["kind"] not in (kinds := _kinds(case, struck)):
-        yield f"kind {report['kind']}, not of {kinds}: {report['text']}"
-    if (site.first or case.fault in RAISING) and "injected" not in report["text"]:
-        yield f"does not say what was raised: {report['text']}"
+        yield f"kind {report['kind']}, not of {kinds}: {text}"
+    if kinds & RAISED and "injected" not in text:
+        yield f"does not say what was raised: {text}"
+
+
+def _is_harmless(case: Case) -> bool:
+    """The fault changes nothing about the outcome, but on the rank that it strikes."""
+    if case.site.phase == "closing":
+        return case.fault in RAISING and case.fault not in EXITS
+    return case.site.phase in ("failed", "over")
+
+
+def _keeps_descriptor(case: Case, struck: bool) -> bool:
+    """The store was kept from closing what it had opened."""
+    return struck and (case.site.method, case.when) in (("abort", "before"), ("create", "after"))
+
+
+def _may_raise(case: Case, raised: str, struck: bool) -> bool:
+    """Whether a rank may see no ``CheckpointException``."""
+    site = case.site
+    if raised:
+        return site.outside and struck
+    # Alone there is nobody who would not wait for a commit that is late; and of a manifest that
+    # has its name it does not matter what the store said.
+    late = case.world_size == 1 and case.fault == "hang" and site.commit == "decided"
+    took_place = site.method == "replace" and case.when == "after"
+    return late or (took_place and case.fault in ("exception", "unpicklable"))
 
 
 def _store_died(case: Case, struck: list[int]) -> bool:
@@ -80,12 +107,13 @@ def _store_died(case: Case, struck: list[int]) -> bool:
 
 def _kinds(case: Case, struck: list[int]) -> set[str]:
     kinds = {"commit_in_doubt"} if case.site.commit == "decided" else set()
-    if case.site.first or case.fault in RAISING:
-        # Those of the errors that the engine makes of a store's.
-        return kinds | {"rank_failed", "io_error"}
+    if (case.site.first and _is_harmless(case)) or case.fault in RAISING:
+        return kinds | RAISED
     if case.fault == "hang":
         return kinds | {"timeout"}
-    return kinds | ({"store_lost", "commit_in_doubt"} if _store_died(case, struck) else {"stalled"})
+    if _store_died(case, struck):
+        return kinds | {"store_lost", "commit_in_doubt"}
+    return kinds | {"timeout" if case.site.outside else "stalled"}
 
 
 def _of_all(
@@ -119,6 +147,8 @@ def _may_leave(case: Case, during: Sequence[Report | None], struck: list[int]) -
     doubt leaves all; a clean-up that failed leaves what it was to remove."""
     return (
         case.fault in ("hang", "kill")
-        or case.site.is_tidying
+        or case.site.phase in ("failed", "over")
+        or case.site.commit == "decided"
+        or case.site.method == "abort"
         or any(seen is not None and seen["kind"] == "commit_in_doubt" for seen in during)
     )

@@ -45,6 +45,19 @@ class S3Server:
             )
         return self._client
 
+    def obstore(self) -> Any:
+        """A second client, in Rust, by its fsspec face."""
+        from obstore.fsspec import FsspecStore
+
+        return FsspecStore(
+            "s3",
+            access_key_id=KEY,
+            secret_access_key=SECRET,
+            endpoint=self.endpoint,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+
     def url(self, path: str, **options: Any) -> str:
         """URL of ``bucket/key`` with all that is needed to open it in its query."""
         query = {"endpoint_url": self.endpoint, "key": KEY, "secret": SECRET, **options}
@@ -59,9 +72,9 @@ class S3Server:
     def tell(self, *faults: dict[str, Any]) -> None:
         """From now on, and until told otherwise, fail so; and forget the log.
 
-        A fault: ``match`` (words, all in ``"METHOD /bucket/key?query"``), ``action`` (``reset``,
-        ``lose reply``, ``throttle``, ``fail``, ``deny``, ``hang`` until told otherwise), ``times``
-        (1), ``after`` (0) requests.
+        A fault: ``match`` (words, all in ``"METHOD /bucket/key?query"``, behind which a conditional
+        request has `` If-``), ``action`` (``reset``, ``lose reply``, ``throttle``, ``fail``,
+        ``deny``, ``refuse``, ``hang`` until told otherwise), ``times`` (1), ``after`` (0) requests.
         """
         self._ask("faults", json.dumps(list(faults)).encode())
 

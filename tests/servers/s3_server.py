@@ -23,6 +23,7 @@ _ERRORS = {
     "throttle": ("503 Slow Down", "SlowDown"),
     "fail": ("500 Internal Server Error", "InternalError"),
     "deny": ("403 Forbidden", "AccessDenied"),
+    "refuse": ("501 Not Implemented", "NotImplemented"),
 }
 PAGE = 100
 """Objects in one page of a listing: less than S3's 1,000, so that tests need not make so many."""
@@ -77,7 +78,7 @@ class Endpoint:
             body = b"" if environ["REQUEST_METHOD"] == "HEAD" else text
             start(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
             return [body]
-        if environ.get("HTTP_IF_NONE_MATCH"):
+        if environ.get("HTTP_IF_NONE_MATCH") or environ.get("HTTP_IF_MATCH"):
             with self._conditional:
                 answer = list(self._app(environ, start))
         else:
@@ -88,6 +89,8 @@ class Endpoint:
 
     def _fault_for(self, environ: dict[str, Any]) -> str | None:
         asked = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}"
+        if environ.get("HTTP_IF_NONE_MATCH") or environ.get("HTTP_IF_MATCH"):
+            asked += " If-"
         with self._lock:
             for fault in self._faults:
                 if all(word in asked for word in fault["match"]):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dcp_engine.errors import StorageError, UsageError
-from dcp_engine.registry import ENTRY_POINT_GROUP, BackendRegistry, scheme_of
+from dcp_engine.registry import ENTRY_POINT_GROUP, BackendRegistry, is_chained, scheme_of
 from storage_backends.filesystem import FileSystemBackend, FileSystemReader, FileSystemWriter
+from storage_backends.fsspec import FsspecBackend, FsspecReader, FsspecWriter
 from storage_backends.memory import MemoryBackend, MemoryStore
 from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
@@ -23,6 +24,7 @@ def point(name: str, value: str) -> EntryPoint:
 FILE = point("file", "storage_backends.filesystem:backend")
 MEMORY = point("memory", "storage_backends.memory:MemoryBackend")
 BOTH = [FILE, MEMORY]
+OTHER = point("any_other", "storage_backends.fsspec:backend")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,70 @@ def test_a_scheme_that_nobody_offers() -> None:
         BackendRegistry(entry_points=[]).writer("/x")
     with pytest.raises(StorageError, match=ENTRY_POINT_GROUP):
         BackendRegistry(entry_points=BOTH).writer("ftp://x")
+
+
+def test_one_backend_serves_all_schemes_that_nobody_names() -> None:
+    registry = BackendRegistry(entry_points=[*BOTH, OTHER])
+    assert isinstance(registry.backend("sftp://host/x"), FsspecBackend)
+    assert isinstance(registry.backend("s3://bucket/x"), FsspecBackend)
+    assert isinstance(registry.backend("memory://x"), MemoryBackend)
+    assert isinstance(registry.backend("/x"), FileSystemBackend)
+    mine = point("S3", "storage_backends.memory:MemoryBackend")
+    registry = BackendRegistry(entry_points=[*BOTH, OTHER, mine])
+    assert isinstance(registry.backend("s3://bucket/x"), MemoryBackend)
+    assert isinstance(registry.backend("gs://bucket/x"), FsspecBackend)
+
+
+@pytest.mark.parametrize(
+    "url", ["simplecache::memory://x", "dir::file:///x", "zip://a::file:///b.zip"]
+)
+def test_chained_urls_are_fsspec_s(url: str) -> None:
+    """Whatever scheme the last link has: its own backend would not understand the chain."""
+    assert is_chained(url)
+    registry = BackendRegistry(entry_points=[*BOTH, OTHER])
+    assert isinstance(registry.backend(url), FsspecBackend)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/data/a::b", "/data/a::b://c", "a::b", "s3://bucket/x", Path("a::b://c"), "./a::s3://b"],
+)
+def test_paths_that_are_no_chains(path: str | Path) -> None:
+    assert not is_chained(path)
+
+
+def test_a_scheme_that_even_fsspec_does_not_know() -> None:
+    for open_it in (BackendRegistry().writer, BackendRegistry().reader):
+        with pytest.raises(StorageError) as caught:
+            open_it("no-such-thing://user:secret@host/x")
+        assert caught.value.kind == "unsupported_storage"
+        assert "can be used here: file, " in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_scheme_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(StorageError) as caught:
+        BackendRegistry().writer("gs://bucket/x")
+    assert caught.value.kind == "unsupported_storage"
+    assert "pip install 'dcp_engine[gcs]'" in str(caught.value)
+
+
+def test_options_in_the_query() -> None:
+    registry = BackendRegistry()
+    writer = registry.writer("dir::memory://x?overwrite=false&block_size=4096&streams=2")
+    assert isinstance(writer, FsspecWriter)
+    assert isinstance(
+        registry.reader("dir::memory://x?overwrite=false&thread_count=1"), FsspecReader
+    )
+    with pytest.raises(UsageError, match="block_size"):
+        registry.writer("dir::memory://x?block_size=5")
+    # A keyword goes before the query.
+    registry.writer("dir::memory://x?block_size=5", block_size=4096)
+    with pytest.raises(UsageError, match="streams"):
+        registry.open_store("dir::memory://x?streams=none-of-that")
+    with registry.open_store("dir::memory://x?streams=3&overwrite=true") as store:
+        assert store.url == "dir::memory://x"
 
 
 @pytest.mark.parametrize("value", ["no_such_module:backend", "storage_backends.memory:missing"])

@@ -51,6 +51,8 @@ class NameChecks(StoreFixtures):
 
     def test_flags(self, store: ByteStore) -> None:
         assert {type(getattr(store, flag)) for flag in self.FLAGS} == {bool}
+        assert type(store.preferred_read) is int
+        assert store.preferred_read > 0
 
     def test_url(self, store: ByteStore) -> None:
         assert isinstance(store.url, str)

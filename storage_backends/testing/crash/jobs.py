@@ -303,6 +303,10 @@ class _MarkingWriter(ShardedWriter):
         self._mark("signal:committed")
         return record
 
+    def abort_save(self) -> None:
+        self._mark("await:gave-up")  # whoever failed goes first
+        super().abort_save()
+
     def end_save(self) -> None:
         if self._number != 0:
             self._mark("await:committed")

@@ -113,6 +113,11 @@ class Recorder:
         with self._lock:
             self._add(Mark(text))
 
+    def set_fault(self, fault: Fault) -> None:
+        """From now on, ``fault`` decides which operations fail."""
+        with self._lock:
+            self._fault = fault
+
     def refuse(self, actor: str) -> None:
         """From now on every operation of that thread fails: it is dead, and must not tidy up."""
         with self._lock:

@@ -37,18 +37,18 @@ __all__ = [
 class Budget:
     """How far to go."""
 
-    bounds: Bounds = field(default_factory=Bounds)
-    orders: int = 3
+    bounds: Bounds = field(default_factory=lambda: Bounds(exhaustive=5, pairs=7, random=6))
+    orders: int = 2
     """Orders of what several ranks or savers do."""
-    overtaken: Sequence[int] = (2, 5, 40, 90)
+    overtaken: Sequence[int] = (5, 40)
     """After how many turns of the first of several savers the others run to their ends."""
     every: int = 3
     """Each how-manieth operation is made to fail, in the scenarios of saves that fail."""
     starts: int = 6
     """Crashed disks from which a next save is recorded and crashed again."""
-    loads: int = 200
+    loads: int = 150
     """Loads that are overtaken by a save."""
-    follow_every: int = 20
+    follow_every: int = 40
     """After each how-manieth image a next save is done for real."""
     seed: int = 0
 

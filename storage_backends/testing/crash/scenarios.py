@@ -13,6 +13,7 @@ from storage_backends.testing.crash.failing_saves import (
 from storage_backends.testing.crash.runs import Budget, Scenario
 from storage_backends.testing.crash.several_ranks import (
     coordinator_dies,
+    one_rank_fails,
     two_ranks_first,
     two_ranks_overwrite,
 )
@@ -54,6 +55,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         crash_after_crash,
         two_ranks_first,
         two_ranks_overwrite,
+        one_rank_fails,
         coordinator_dies,
         two_savers,
         two_first_savers,

@@ -6,6 +6,9 @@ know nothing of each other (``several_savers``).
 
 from __future__ import annotations
 
+import errno
+import os
+import random
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +27,7 @@ from storage_backends.testing.crash.runs import Budget, explorer_of, marked, not
 from storage_backends.testing.crash.turns import interleavings
 from storage_backends.testing.wrapping import WrappingByteStore
 
-__all__ = ["coordinator_dies", "two_ranks_first", "two_ranks_overwrite"]
+__all__ = ["coordinator_dies", "one_rank_fails", "two_ranks_first", "two_ranks_overwrite"]
 
 T = TypeVar("T")
 
@@ -68,6 +71,49 @@ def two_ranks_overwrite(budget: Budget) -> Report:
     record = _ranks(_old_of_ranks)
     explorer.explore(record, interleavings(record.steps, budget.orders, budget.seed))
     return explorer.report()
+
+
+class _RankFails:
+    """A fault: the ``nth`` operation of one rank fails, and all later ones work."""
+
+    def __init__(self, rank: int, nth: int, tell: Callable[[str], None]) -> None:
+        self._thread = f"rank-{rank}"
+        self._left = nth
+        self._tell = tell
+
+    def __call__(self, kind: str) -> OSError | None:
+        if threading.current_thread().name != self._thread:
+            return None
+        self._left -= 1
+        if self._left:
+            return None
+        self._tell("signal:gave-up")
+        return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def one_rank_fails(budget: Budget) -> Report:
+    """Two ranks over a checkpoint; an operation of one of them fails, both tidy up and raise."""
+    explorer = explorer_of(
+        "two ranks, one of them fails",
+        rules.one_save("old", "new"),
+        budget,
+        partial(jobs.read, ranks=True),
+    )
+    generator = random.Random(f"{budget.seed} failing")
+    for number in range(budget.orders):
+        rank, nth = number % 2, generator.randrange(1, 9)
+        record = record_of(_old_of_ranks, partial(_fail, rank=rank, nth=nth))
+        explorer.explore(record, interleavings(record.steps, 2, budget.seed))
+    return explorer.report()
+
+
+def _fail(root: Path, recorder: Recorder, *, rank: int, nth: int) -> None:
+    def on_rank(number: int, work: Callable[[], None]) -> None:
+        with marked(recorder, "new"):
+            work()
+
+    recorder.set_fault(_RankFails(rank, nth, recorder.mark))
+    jobs.save_together(root, "new", mark=recorder.mark, on_rank=on_rank)
 
 
 class _Freezing(WrappingByteStore):

@@ -7,8 +7,10 @@ that come and go (``storage_backends.testing.faulty``).
 from __future__ import annotations
 
 import posixpath
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -29,7 +31,28 @@ def caught_by(*checks: str) -> Callable[[type[WrappingByteStore]], type[Wrapping
 
 
 class Broken(WrappingByteStore):
+    """All stores of one place share ``inner``, and what threads of a test meet at."""
+
     inner: MemoryStore
+
+    def meet(self) -> None:
+        """Go on when another thread is here too; alone after a while."""
+        meeting: threading.Barrier = vars(self.inner).setdefault("meeting", threading.Barrier(2))
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(2)
+
+    def let_look(self) -> None:
+        """Go on when somebody has read; anyway after a while."""
+        looked: threading.Event = vars(self.inner).setdefault("looked", threading.Event())
+        looked.clear()
+        looked.wait(2)
+
+    def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
+        try:
+            self.inner.read(name, ranges)
+        finally:
+            if "looked" in vars(self.inner):
+                vars(self.inner)["looked"].set()
 
 
 # Files
@@ -122,7 +145,7 @@ class SeeksThenWrites(Broken):
         self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
     ) -> None:
         self.position = offset
-        time.sleep(0.001)  # another thread seeks meanwhile
+        self.meet()
         file.write(buffers, self.position)
 
 
@@ -259,7 +282,7 @@ class KeepsToItself(Broken):
 class PutsInTwoSteps(Broken):
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         self.inner.put(name, data[: len(data) // 2], if_absent=if_absent)
-        time.sleep(0.001)  # somebody looks meanwhile
+        self.let_look()
         self.inner.put(name, data)
 
 
@@ -288,7 +311,7 @@ class LooksThenPuts(Broken):
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         if if_absent and [*self.inner.list(name)]:
             raise FileExistsError(name)
-        time.sleep(0.001)  # another one looks meanwhile
+        self.meet()
         self.inner.put(name, data)
 
 
@@ -303,7 +326,8 @@ class RemovesThenRenames(Broken):
     def replace(self, source: str, target: str) -> None:
         self.inner.delete([target])
         self.inner.make_directory("")
-        time.sleep(0.001)  # somebody looks meanwhile
+        if [*self.inner.list(source)]:
+            self.let_look()
         self.inner.replace(source, target)
 
 
@@ -365,7 +389,7 @@ class SeeksThenReads(Broken):
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         for item in ranges:
             self.position = item.offset
-            time.sleep(0.0005)  # another thread seeks meanwhile
+            self.meet()
             self.inner.read(name, [ReadRange(self.position, item.buffer)])
 
 
@@ -580,16 +604,18 @@ class LooksThenDeletes(Broken):
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             if [*self.inner.list(name)]:
-                time.sleep(0.001)  # another thread deletes meanwhile
-                self.inner.size(name)
-                self.inner.delete([name])
+                if name == "d/f0":  # what all threads of the check delete
+                    self.meet()
+                with vars(self.inner).setdefault("deleting", threading.Lock()):
+                    self.inner.size(name)
+                    self.inner.delete([name])
 
 
 @caught_by("test_threads_put")
 class SharesATemporaryName(Broken):
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         self.inner.put("temporary", data)
-        time.sleep(0.001)  # another thread puts meanwhile
+        self.meet()
         self.inner.replace("temporary", name)
 
 
@@ -599,5 +625,5 @@ class SharesABuffer(Broken):
         self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
     ) -> None:
         self.buffer = b"".join(buffers)
-        time.sleep(0.001)  # another thread writes meanwhile
+        self.meet()
         file.write([memoryview(self.buffer)], offset)

@@ -12,29 +12,30 @@ from storage_backends.testing.crash.__main__ import main
 from storage_backends.testing.crash.scenarios import SCENARIOS, Budget
 
 STATES = {
-    "first_save": 200,
-    "overwrite": 450,
-    "overwrite_by_items": 450,
+    "first_save": 160,
+    "overwrite": 330,
+    "overwrite_by_items": 330,
     "overwrite_unsynced": 20,
-    "keep_and_prune": 400,
-    "prune_orphans": 450,
-    "failing_once": 2500,
-    "failing_for_good": 1200,
-    "failing_first_save": 2200,
-    "crash_after_crash": 2500,
-    "two_ranks_first": 1000,
-    "two_ranks_overwrite": 1500,
-    "coordinator_dies": 700,
-    "two_savers": 3500,
-    "two_first_savers": 2500,
-    "neighbours": 5000,
-    "saver_and_prune": 1200,
-    "shares_first": 1200,
-    "shares_over_incomplete": 1000,
-    "overwrite_shares": 500,
-    "async_overwrites": 800,
-    "load_beside_saves": 200,
-    "load_beside_first_save": 100,
+    "keep_and_prune": 300,
+    "prune_orphans": 300,
+    "failing_once": 1870,
+    "failing_for_good": 980,
+    "failing_first_save": 2020,
+    "crash_after_crash": 2020,
+    "two_ranks_first": 410,
+    "two_ranks_overwrite": 700,
+    "one_rank_fails": 300,
+    "coordinator_dies": 470,
+    "two_savers": 5180,
+    "two_first_savers": 2770,
+    "neighbours": 4700,
+    "saver_and_prune": 1340,
+    "shares_first": 1140,
+    "shares_over_incomplete": 1040,
+    "overwrite_shares": 370,
+    "async_overwrites": 1180,
+    "load_beside_saves": 150,
+    "load_beside_first_save": 75,
 }
 """How many states each scenario goes through at least. Fewer would mean that it lost its way: an
 operation that is not recorded, a save that fails before it begins."""
@@ -52,15 +53,15 @@ def test_no_crash_loses_a_checkpoint(name: str) -> None:
     assert not report.violations, "\n".join(map(str, report.violations[:10]))
     assert report.states >= STATES[name]
     # Both sides of a commit were seen, where there is one.
-    if name not in ("prune_orphans", "failing_first_save"):
+    if name not in ("prune_orphans", "failing_first_save", "one_rank_fails"):
         assert len(report.outcomes) >= 2, report.outcomes
 
 
 def test_a_run_can_be_repeated() -> None:
     """In the scenarios whose order is drawn, too."""
     few = Bounds(exhaustive=2, pairs=0, random=2)
-    budget = replace(Budget(), bounds=few, orders=1, loads=10)
-    for name in ("two_ranks_first", "two_savers", "load_beside_saves"):
+    budget = replace(Budget(), bounds=few, orders=1, overtaken=(5,), loads=10)
+    for name in ("two_ranks_first", "shares_first", "load_beside_saves"):
         assert SCENARIOS[name](budget) == SCENARIOS[name](budget)
 
 

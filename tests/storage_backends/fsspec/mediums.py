@@ -26,12 +26,10 @@ class BucketMedium(Medium):
         self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}/{name}", Body=data)
 
     def names(self) -> set[str]:
-        return {key.removeprefix(f"{self._prefix}/") for key in self.keys()}
-
-    def keys(self) -> set[str]:
-        """Everything in the bucket, the prefix with it."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket)
-        return {item["Key"] for page in pages for item in page.get("Contents", ())}
+        keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        # All of the bucket: what lies beside the prefix would be a mistake, and show.
+        return {key.removeprefix(f"{self._prefix}/") for key in keys}
 
     def unfinished_uploads(self) -> int:
         """Multipart uploads that nobody completed or aborted."""

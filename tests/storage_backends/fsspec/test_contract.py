@@ -15,7 +15,7 @@ from storage_backends.testing.contracts.medium import DirectoryMedium, Medium
 from storage_backends.testing.contracts.puts import PutChecks
 from storage_backends.testing.contracts.reads import ReadChecks
 from storage_backends.testing.contracts.writes import WriteChecks
-from tests.servers.s3 import KEY, SECRET, S3Server
+from tests.servers.s3 import S3Server
 from tests.servers.s3_server import PAGE
 from tests.servers.sftp import SftpServer
 from tests.storage_backends.fsspec.mediums import BucketMedium
@@ -122,16 +122,7 @@ class TestS3ByObstore(WriteChecks, PutChecks, ReadChecks):
 
     @pytest.fixture
     def open_store(self, s3: S3Server, bucket: str) -> OpenStore:
-        from obstore.fsspec import FsspecStore
-
-        fs = FsspecStore(
-            "s3",
-            access_key_id=KEY,
-            secret_access_key=SECRET,
-            endpoint=s3.endpoint,
-            region="us-east-1",
-            client_options={"allow_http": True},
-        )
+        fs = s3.obstore()
         return lambda: open_fsspec_store(
             f"s3://{bucket}/runs/one", fs=fs, part_bytes=PART, request_bytes=1 << 20
         )

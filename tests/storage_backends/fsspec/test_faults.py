@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_all_other_requests_survive(
     ):
         s3.tell({"match": [], "action": action, "times": 1})
         call()
-        assert [entry["fault"] for entry in s3.log()][0] == action
+        assert s3.log()[0]["fault"] == action
     assert medium.names() == set()
 
 
@@ -299,6 +300,34 @@ def test_of_two_savers_one_wins(
             with open_store() as store:
                 store.make_directory("")
             assert both_win(open_store, commit) == 1
+
+
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+def test_of_two_savers_who_replace_a_checkpoint_one_wins(
+    s3: S3Server, bucket: str, client: str
+) -> None:
+    options = s3.options if client == "s3fs" else {"fs": s3.obstore()}
+    for number in range(5):
+
+        def open_store(number: int = number) -> ByteStore:
+            return open_fsspec_store(f"s3://{bucket}/run{number}", **options)
+
+        with open_store() as store:
+            commit(store, "0" * 32)
+        assert both_win(open_store, partial(commit, observed="0" * 32)) == 1
+
+
+@pytest.mark.parametrize("observed", [None, TWO], ids=["first save", "overwrite"])
+def test_a_store_that_takes_no_conditions(
+    s3: S3Server, store: ByteStore, medium: BucketMedium, observed: str | None
+) -> None:
+    """Then the look before the PUT is all there is."""
+    if observed is not None:
+        commit(store, observed)
+    s3.tell({"match": ["PUT", "manifest.json", "If-"], "action": "refuse", "times": 1000})
+    commit(store, ONE, observed)
+    assert [entry["fault"] for entry in s3.log() if entry["method"] == "PUT"] == ["refuse", None]
+    assert ONE.encode() in medium.read("manifest.json")
 
 
 def test_a_saver_who_looked_too_early_is_told(s3: S3Server, bucket: str) -> None:

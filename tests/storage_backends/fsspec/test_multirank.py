@@ -20,9 +20,7 @@ def save_twice(url: str) -> None:
     """The second save takes the place of the first one, whose data goes."""
     world_size = dist.get_world_size()
     for _ in range(2):
-        dcp.save(
-            states.state(world_size, filled=True, own=False), checkpoint_id=url, timeout=60
-        )
+        dcp.save(states.state(world_size, filled=True, own=False), checkpoint_id=url, timeout=60)
 
 
 def load(url: str, turned: bool) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch.distributed.checkpoint._fsspec_filesystem as _fsspec_filesystem  # noqa: TID251
 
 import dcp_engine as dcp
 from dcp_engine.errors import NotFoundError
@@ -24,19 +27,6 @@ Place = tuple[str, dict[str, Any]]
 """A URL and the options to open it with."""
 
 
-def obstore_of(s3: S3Server) -> Any:
-    from obstore.fsspec import FsspecStore
-
-    return FsspecStore(
-        "s3",
-        access_key_id=KEY,
-        secret_access_key=SECRET,
-        endpoint=s3.endpoint,
-        region="us-east-1",
-        client_options={"allow_http": True},
-    )
-
-
 def chained(s3: S3Server, tmp_path: Path) -> Place:
     url = f"simplecache::s3://{s3.new_bucket()}/run"
     return url, {"simplecache": {"cache_storage": str(tmp_path / "cache")}, "s3": s3.options}
@@ -45,7 +35,7 @@ def chained(s3: S3Server, tmp_path: Path) -> Place:
 PLACES: dict[str, Callable[[S3Server, Path], Place]] = {
     "s3": lambda s3, _: (f"s3://{s3.new_bucket()}/team/run", s3.options),
     "s3 by its query": lambda s3, _: (s3.url(f"{s3.new_bucket()}/run"), {}),
-    "s3 by obstore": lambda s3, _: (f"s3://{s3.new_bucket()}/run", {"fs": obstore_of(s3)}),
+    "s3 by obstore": lambda s3, _: (f"s3://{s3.new_bucket()}/run", {"fs": s3.obstore()}),
     "a cache before s3": chained,
     "memory": lambda _, __: (f"memory://{uuid4().hex}/run", {}),
     "a directory of memory": lambda _, __: (f"dir::memory://{uuid4().hex}/run", {}),
@@ -155,6 +145,36 @@ def test_a_zip_file_can_be_read_not_written(tmp_path: Path) -> None:
     assert caught.value.kind == "unsupported_storage"
 
 
+def test_over_http_a_checkpoint_can_be_read_not_written(s3: S3Server) -> None:
+    bucket = s3.new_bucket()
+    dcp.save(state(), checkpoint_id=s3.url(f"{bucket}/run"))
+    url = f"{s3.endpoint}/{bucket}/run"
+    with pytest.raises(dcp.CheckpointException) as caught:
+        dcp.load(empty(), checkpoint_id=url)
+    assert caught.value.kind == "permission_denied"
+    for name in BucketMedium(s3.client(), bucket, "run").names():
+        s3.client().put_object_acl(Bucket=bucket, Key=f"run/{name}", ACL="public-read")
+    found = empty()
+    dcp.load(found, checkpoint_id=url)
+    assert differences(found, state()) == []
+    with pytest.raises(dcp.CheckpointException, match="not written to it"):
+        dcp.save(state(), checkpoint_id=url)
+
+
+def test_dcp_s_arguments(tmp_path: Path) -> None:
+    """In its order; what is new comes behind, by keyword."""
+    theirs = list(inspect.signature(_fsspec_filesystem.FsspecWriter).parameters)
+    ours = list(inspect.signature(FsspecWriter).parameters)
+    positional = theirs[: theirs.index("kwargs")]
+    assert ours[: len(positional)] == positional
+    url = f"dir::memory://{uuid4().hex}"
+    dcp.save(state(), storage_writer=FsspecWriter(url, True, False, 2, 1000, True, None, "any"))
+    with pytest.raises(dcp.UsageError, match="_extensions"):
+        FsspecWriter(url, _extensions=[object()])
+    writer = pickle.loads(pickle.dumps(FsspecWriter(url, part_bytes=5 << 20)))
+    dcp.save(state(), storage_writer=writer)
+
+
 def test_nothing_there(place: Place) -> None:
     url, options = place
     with pytest.raises(dcp.CheckpointException) as caught:
@@ -188,7 +208,8 @@ def test_prune(s3: S3Server, sftp_place: Place) -> None:
         found = empty()
         dcp.load(found, storage_reader=FsspecReader(url, **options))
         assert differences(found, state()) == []
-    assert all(orphan not in key for key in BucketMedium(s3.client(), bucket, "runs").keys())
+    left = BucketMedium(s3.client(), bucket, "runs").names()
+    assert not any(orphan in name for name in left)
 
 
 def test_which_checkpoint_ids_are_possible(tmp_path: Path) -> None:
