@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +62,24 @@ def main(options: argparse.Namespace) -> int:
         for case in _cases(options, setting):
             cases.append(case)
             print(f"### {case.name}\n\n{_table(case)}\n", flush=True)
-    targets = list(io_targets(cases))
-    print("### Targets\n\n" + "\n".join(target.line() for target in targets))
+            # After each case, so that a run that is broken off has told something.
+            about["load average at the end"] = machine()["load average at the start"]
+            content = {"machine": about, "not measured": absent, "size": size << 20}
+            _write(options.json, {**content, "rounds": rounds}, cases)
+    print(f"load average at the end: {about.get('load average at the end', '')}\n")
+    print("### Targets\n\n" + "\n".join(target.line() for target in io_targets(cases)))
     if options.plots:
         _plot(cases, Path(options.plots))
-    write_json(
-        options.json,
-        {
-            "machine": {**about, "load average at the end": machine()["load average at the start"]},
-            "not measured": absent,
-            "size": size << 20,
-            "rounds": rounds,
-            "cases": [dataclasses.asdict(case) for case in cases],
-            "targets": [dataclasses.asdict(target) for target in targets],
-        },
-    )
     return 0
+
+
+def _write(path: str, about: Mapping[str, Any], cases: Sequence[Case]) -> None:
+    content = {
+        **about,
+        "cases": [dataclasses.asdict(case) for case in cases],
+        "targets": [dataclasses.asdict(target) for target in io_targets(cases)],
+    }
+    write_json(path, content)
 
 
 def _cases(options: argparse.Namespace, setting: Setting) -> Iterable[Case]:

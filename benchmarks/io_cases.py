@@ -49,18 +49,20 @@ def one_process(setting: Setting, wanted: Wanted) -> Iterator[Case]:
     if any(map(wanted, (SAVE_FSYNC, SAVE_DISK, SAVE_TMPFS, LOAD_WARM))):
         state = model_state(setting.size)
         if wanted(SAVE_FSYNC):
-            yield _saves(SAVE_FSYNC, state, setting, setting.disk, _ways(fsync=True))
+            yield _saves(SAVE_FSYNC, state, setting, setting.disk, _ways(setting.disk, fsync=True))
         if wanted(SAVE_DISK):
-            yield _saves(SAVE_DISK, state, setting, setting.disk, _ways(fsync=False))
+            yield _saves(SAVE_DISK, state, setting, setting.disk, _ways(setting.disk, fsync=False))
         if wanted(SAVE_TMPFS):
-            yield _saves(SAVE_TMPFS, state, setting, setting.memory, _ways(fsync=False))
+            yield _saves(
+                SAVE_TMPFS, state, setting, setting.memory, _ways(setting.memory, fsync=False)
+            )
         if wanted(LOAD_WARM):
-            yield _loads(LOAD_WARM, state, setting, _ways(fsync=False))
+            yield _loads(LOAD_WARM, state, setting, _ways(setting.memory, fsync=False))
         del state
     if any(map(wanted, (SAVE_SMALL, LOAD_SMALL))):
         small = many_small()
         # DCP's best settings change nothing here, and a round of it takes seconds.
-        ways = [way for way in _ways(fsync=False) if way.name != "DCP best"]
+        ways = [way for way in _ways(setting.memory, fsync=False) if way.name != "DCP best"]
         if wanted(SAVE_SMALL):
             yield _saves(SAVE_SMALL, small, setting, setting.memory, ways)
         if wanted(LOAD_SMALL):
@@ -72,7 +74,7 @@ def one_process(setting: Setting, wanted: Wanted) -> Iterator[Case]:
         yield peak_memory(PEAK, setting)
 
 
-def _ways(*, fsync: bool) -> list[Way]:
+def _ways(root: str, *, fsync: bool) -> list[Way]:
     return [
         Ours(fsync=fsync),
         Raw(fsync=fsync),
@@ -80,7 +82,7 @@ def _ways(*, fsync: bool) -> list[Way]:
         Dcp(fsync=fsync, best=True),
         TorchSave(fsync=fsync),
         Safetensors(fsync=fsync),
-        *rivals(),
+        *rivals(root),
     ]
 
 

@@ -47,7 +47,7 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--size", type=int, default=2048, help="MiB of state (2048)")
+    parser.add_argument("--size", type=int, default=1024, help="MiB of state (1024)")
     parser.add_argument("--latency", type=float, default=20.0, help="ms a request (20)")
     parser.add_argument("--bandwidth", type=float, default=100.0, help="MB/s a stream (100)")
     parser.add_argument("--streams", default="1,4,8,16", help="allowed streams (1,4,8,16)")

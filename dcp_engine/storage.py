@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from torch.futures import Future
 
+from dcp_engine.errors import StorageError
 from dcp_engine.metadata import Metadata, MetadataIndex, StorageMeta
 from dcp_engine.plan import LoadPlan, SavePlan
 from dcp_engine.planner import LoadPlanner, SavePlanner
@@ -145,12 +146,20 @@ class ByteStore(abc.ABC):
 
     def tag(self, name: str) -> str:
         """What changes whenever the object ``name`` does. Only with ``replace_if_same``."""
-        raise NotImplementedError
+        raise self._lacks("tags", name)
 
     def put_over(self, name: str, data: bytes, tag: str) -> None:
         """``put``, if the object is still that of ``tag``; else ``FileExistsError``. Only with
         ``replace_if_same``."""
-        raise NotImplementedError
+        raise self._lacks("conditional replacement", name)
+
+    def _lacks(self, what: str, name: str) -> StorageError:
+        return StorageError(
+            f"{type(self).__name__} has no {what}",
+            kind="unsupported_storage",
+            checkpoint=self.url,
+            file=name,
+        )
 
     @abc.abstractmethod
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:

@@ -158,7 +158,7 @@ def open_filesystems(
     with _opening(url, secrets):
         if fs is not None:
             make = _maker_of_instance(fs, url)
-            first = _prepared(fs, _path_in(fs, url))
+            first = _prepared(fs, _path_in(fs, url), own=False)
         else:
             make = _maker_of_url(url, options, last_options)
             first = retry.call(make, what=f"open {redact_url(url)}", scrub=secrets.scrub)
@@ -203,7 +203,7 @@ def _could_not_open(url: str, error: Exception, secrets: Secrets) -> CheckpointE
 def _maker_of_instance(fs: Any, url: str) -> Callable[[], _Layers]:
     def make() -> _Layers:
         again = type(fs)(*fs.storage_args, **fs.storage_options, skip_instance_cache=True)
-        return _prepared(again, _path_in(again, url))
+        return _prepared(again, _path_in(again, url), own=False)
 
     return make
 
@@ -237,7 +237,7 @@ def _maker_of_url(
     arguments = by_link if len(links) > 1 else by_link[links[0]]
 
     def make() -> _Layers:
-        return _prepared(*url_to_fs(url, **arguments))
+        return _prepared(*url_to_fs(url, **arguments), own=True)
 
     return make
 
@@ -292,8 +292,9 @@ def require_known(url: str) -> None:
         _implementation(protocol, url)
 
 
-def _prepared(fs: Any, path: str) -> _Layers:
-    """``fs`` taken apart, and set to remember nothing that others may change."""
+def _prepared(fs: Any, path: str, *, own: bool) -> _Layers:
+    """``fs`` taken apart, and set to remember nothing that others may change; if it is our own, to
+    leave retries to us."""
     cache = None
     while isinstance(fs, DirFileSystem | CachingFileSystem):
         if isinstance(fs, DirFileSystem):
@@ -305,7 +306,7 @@ def _prepared(fs: Any, path: str) -> _Layers:
             cache = None  # its paths are no longer those below
     fs.dircache.use_listings_cache = False
     fs.dircache.clear()
-    if type(fs).__module__.partition(".")[0] == "s3fs":
+    if own and type(fs).__module__ == "s3fs.core":
         fs.retries = 1
     channel = getattr(getattr(fs, "ftp", None), "get_channel", None)
     if channel is not None:

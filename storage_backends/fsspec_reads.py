@@ -6,11 +6,11 @@ retries and errors (``fsspec_store``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import asyncio
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import sync
 
 from dcp_engine.storage import ReadRange
 from storage_backends.retry import Failure, classify
@@ -73,20 +73,14 @@ def _pieces(ranges: Sequence[ReadRange], nbytes: int) -> Iterator[tuple[int, mem
             begin = stop
 
 
-def read_together(fs: Any, path: str, pending: list[Request], streams: int) -> None:
-    """Make the requests of an asynchronous file system, ``streams`` at a time.
+def read_together(fs: Any, path: str, pending: list[Request], streams: asyncio.Semaphore) -> None:
+    """Make all requests of an asynchronous file system at once, as far as ``streams`` lets them.
 
     Those that are answered are taken out of ``pending``, also when others fail; of several
     failures the worst is raised.
     """
     batch = list(pending)
-    answers = _cat_ranges(fs)(
-        [path] * len(batch),
-        [request.begin for request in batch],
-        [request.end for request in batch],
-        batch_size=streams,
-        on_error="return",
-    )
+    answers = sync(fs.loop, _answers, fs, path, batch, streams)
     failed: list[Request] = []
     errors: list[BaseException] = []
     for request, answer in zip(batch, answers, strict=True):
@@ -102,12 +96,17 @@ def read_together(fs: Any, path: str, pending: list[Request], streams: int) -> N
         raise _worst(errors)
 
 
-def _cat_ranges(fs: Any) -> Callable[..., Sequence[bytes | BaseException]]:
-    if type(fs).__module__ == "obstore.fsspec":
-        # Its own joins neighbouring ranges into one request, one stream.
-        return partial(sync, fs.loop, AsyncFileSystem._cat_ranges, fs)
-    found: Callable[..., Sequence[bytes | BaseException]] = fs.cat_ranges
-    return found
+async def _answers(
+    fs: Any, path: str, requests: Sequence[Request], streams: asyncio.Semaphore
+) -> list[bytes | BaseException]:
+    """As ``cat_ranges`` has it, but that several calls share the streams, and that a file system's
+    own ``cat_ranges`` may join neighbours into one request, one stream (obstore's does)."""
+
+    async def one(request: Request) -> bytes:
+        async with streams:
+            return bytes(await fs._cat_file(path, start=request.begin, end=request.end))
+
+    return await asyncio.gather(*map(one, requests), return_exceptions=True)
 
 
 def _worst(errors: Sequence[BaseException]) -> BaseException:

@@ -7,15 +7,16 @@ construct (``storage_backends.fsspec``), retries (``fsspec_requests``), and the 
 
 from __future__ import annotations
 
+import asyncio
 import posixpath
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dcp_engine.errors import StorageError
 from dcp_engine.format.names import OWNER_NAME, parse_data_directory
@@ -51,6 +52,8 @@ from storage_backends.names import split_name
 
 __all__ = ["FsspecByteStore", "Limits"]
 
+T = TypeVar("T")
+
 
 class FsspecByteStore(ByteStore):
     """A directory, or a key prefix, of a file system.
@@ -75,6 +78,7 @@ class FsspecByteStore(ByteStore):
         self.replace_if_same = replaces_if_same(filesystems.kind)
         self.shared_between_processes = filesystems.traits.shared
         self._pool = ThreadPoolExecutor(requests.streams, thread_name_prefix="dcp_engine-fsspec")
+        self._reading = asyncio.Semaphore(requests.streams)
         self._scratch: str | None = None
         self._clock: float | None = None
         self._lock = threading.Lock()
@@ -174,7 +178,7 @@ class FsspecByteStore(ByteStore):
             self._read(
                 name,
                 requests,
-                lambda rest: on(lambda fs: read_together(fs, path, rest, self._requests.streams))(),
+                lambda rest: on(lambda fs: read_together(fs, path, rest, self._reading))(),
             )
         else:
             self._read_in_threads(name, path, requests)
@@ -206,23 +210,22 @@ class FsspecByteStore(ByteStore):
             raise
 
     def _read_in_threads(self, name: str, path: str, requests: list[Request]) -> None:
-        shares = [
-            share
-            for n in range(self._requests.streams)
-            if (share := requests[n :: self._requests.streams])
-        ]
+        on, streams = self._requests.on, self._requests.streams
+        shares = [share for n in range(streams) if (share := requests[n::streams])]
 
         def read(share: list[Request]) -> None:
-            self._read(
-                name,
-                share,
-                lambda rest: self._requests.on(lambda fs: read_in_order(fs, path, rest))(),
-            )
+            self._read(name, share, lambda rest: on(lambda fs: read_in_order(fs, path, rest))())
 
         if len(shares) == 1:
             read(shares[0])
-            return
-        for future in [self._pool.submit(read, share) for share in shares]:
+        else:
+            self._in_threads(read, shares)
+
+    def _in_threads(self, call: Callable[[T], None], arguments: Sequence[T]) -> None:
+        """Raises the first failure, when no thread uses the caller's memory any more."""
+        futures = [self._pool.submit(call, argument) for argument in arguments]
+        wait(futures)
+        for future in futures:
             future.result()
 
     def get(self, name: str, *, limit: int | None = None) -> bytes:
@@ -270,7 +273,8 @@ class FsspecByteStore(ByteStore):
         entries: list[Entry] = self._requests.make(
             prefix, "list", self._requests.on(lambda fs: list(walk(fs, path, tail)))
         )
-        now = self._now() if any(entry.changed is not None for entry in entries) else 0.0
+        dated = [entry.path for entry in entries if entry.changed is not None]
+        now = self._now(posixpath.dirname(dated[0]), prefix) if dated else 0.0
         skip = len(self._root.strip("/")) + 1 if self._root.strip("/") else 0
         return [
             StoredFile(
@@ -281,18 +285,19 @@ class FsspecByteStore(ByteStore):
             for entry in entries
         ]
 
-    def _now(self) -> float:
+    def _now(self, directory: str, prefix: str) -> float:
         """The time by the clock that stamps files here. Object stores refuse requests of hosts
-        whose clocks are far from theirs; a file server is asked, once, by a file."""
-        if not self._fs.traits.directories or not self._fs.traits.writable:
+        whose clocks are far from theirs; a file server is asked, once, by a file in ``directory``,
+        where anybody may look at ages: those of manifests say nothing."""
+        if not self._fs.traits.directories or prefix.startswith("manifest"):
             return time.time()
         with self._lock:
             if self._clock is None:
-                self._clock = self._clock_difference()
+                self._clock = self._clock_difference(directory)
             return time.time() + self._clock
 
-    def _clock_difference(self) -> float:
-        path = f"{self._scratch or self._root}/.{uuid.uuid4().hex}.tmp"
+    def _clock_difference(self, directory: str) -> float:
+        path = f"{directory}/.{uuid.uuid4().hex}.tmp"
 
         def probe(fs: Any) -> float:
             with fs.open(path, "wb"):
@@ -316,10 +321,8 @@ class FsspecByteStore(ByteStore):
         ]
         self._require_writable(paths[0][0] if paths else "")
         # The last name goes last: that of a record that explains the others.
-        first, last = paths[:-1], paths[-1:]
-        for group in (first, last):
-            for future in [self._pool.submit(self._delete_one, *each) for each in group]:
-                future.result()
+        for group in (paths[:-1], paths[-1:]):
+            self._in_threads(lambda each: self._delete_one(*each), group)
         if self._fs.traits.directories:
             self._remove_parents([path for _, path in paths])
 

@@ -9,6 +9,7 @@ DCP takes every file system: a file appears when all of it has arrived.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -132,6 +133,7 @@ def options_for(implementation: type, given: dict[str, Any]) -> dict[str, Any]:
     of dictionaries is merged, so that who sets a proxy does not lose the time-outs."""
     module = implementation.__module__
     known = _OPTIONS.get(module, _OPTIONS.get(module.partition(".")[0], {}))
+    known = copy.deepcopy(known)
     merged = {**known, **given}
     for name, value in known.items():
         if isinstance(value, dict) and isinstance(given.get(name), dict):

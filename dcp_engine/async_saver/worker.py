@@ -51,6 +51,8 @@ from dcp_engine.storage import StorageWriter
 __all__ = ["SaveHandler", "make_handler"]
 
 _STRUCTURES = 4
+_ONLY_GENERATION = 1
+"""Of a group of one rank, which nobody has to agree with."""
 _ARENAS = 8
 """Kept mapped. The memory of a stager that its owner has dropped stays until then."""
 _NEWS_INTERVAL = 0.2
@@ -134,8 +136,13 @@ class SaveHandler(Handler):
                 """A step of the operation: if this fails, the other ranks are told."""
                 unpacked.append(self._unpack(save, arena))
 
+            def unpack_in_group() -> None:
+                unpack()
+                if place.group is not None:
+                    place.group.ensure(_ONLY_GENERATION)
+
             generation = 0
-            if place.group is not None:
+            if place.group is not None and place.session.world_size > 1:
                 generation = join_group(
                     watched,
                     joined=place.group.generation if dist.is_initialized() else 0,
@@ -144,7 +151,7 @@ class SaveHandler(Handler):
                     before=unpack,
                 )
             else:
-                alone(watched, unpack)
+                alone(watched, unpack_in_group)
             writer = news.writer = unpacked[0].writer
             saved = carry_out(
                 watched,
@@ -201,7 +208,9 @@ class _Place:
     def __init__(self, handle: SessionHandle) -> None:
         self.session: Session = handle.attach()
         self.memory = PlanMemory()
-        self.group = WorkerGroup(handle) if handle.world_size > 1 else None
+        has_group = bool(handle.identity.group)
+        """Where the parent has none, a planner does not expect one here."""
+        self.group = WorkerGroup(handle) if has_group else None
 
     def close(self) -> None:
         if self.group is not None:

@@ -168,7 +168,11 @@ class CheckpointProcess:
             failure = error
             self._thread.submit(lambda: self._give_up(turn, path, failure))
             raise
-        return wrap_future(self._thread.submit(lambda: self._write(turn, path, held, kwargs)))
+        try:
+            return wrap_future(self._thread.submit(lambda: self._write(turn, path, held, kwargs)))
+        except BaseException:
+            held.release()
+            raise
 
     def close(self) -> None:
         """Wait for the writes under way, close the writer, end the child; kill it when

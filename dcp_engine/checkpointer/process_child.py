@@ -82,6 +82,10 @@ class _Child(Handler):
         for number in self._arenas.keys() - state.arenas:
             self._arenas.pop(number).close()
         if descriptors:
+            # Known already, if what it came with failed: the parent counts answers.
+            known = self._arenas.pop(state.arena, None)
+            if known is not None:
+                known.close()
             self._arenas[state.arena] = Arena.attach(descriptors[0], state.arena_size)
         arena = self._arenas[state.arena]
         arena.extend(state.arena_size)

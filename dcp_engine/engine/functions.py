@@ -216,7 +216,8 @@ def load(
             ``read``, ``restore``.
         per_rank: what to do with ``PerRank`` values saved at another world size: ``"error"``,
             ``"skip"`` (keep what is there), or ``"list"`` (put a list of all ranks' values). Those
-            that were the same on all ranks are read as if they were replicated.
+            that were the same on all ranks (as of a single rank they are) are read as if they
+            were replicated.
         allow_pickle: execute the pickle of objects that the safe encoding and
             ``torch.load(weights_only=True)`` cannot read. Only for checkpoints you trust.
         shared_reads: what becomes of bytes that several ranks need: ``"once"``: one of them reads

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcp_engine.coordination.failures import raised_by_exit
 from dcp_engine.coordination.interface import Operation, RunIdentity, Session
 from dcp_engine.default_planner import DefaultSavePlanner, is_default_save_planner
 from dcp_engine.errors import UsageError
@@ -252,7 +253,9 @@ def _manifest_source(writer: ColumnarWriter, record: CommitRecord) -> Callable[[
     """The writer's. The save is committed: what fails here fails for whoever reads the metadata."""
     try:
         return writer.manifest_source(record)
-    except Exception as error:
+    except BaseException as error:
+        if raised_by_exit(error):
+            raise
         reason = error
 
     def fail() -> Manifest:

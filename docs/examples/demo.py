@@ -1,4 +1,5 @@
-"""The whole story on one machine: train, kill in the middle of a save, resume, reshard, damage.
+"""The whole story on one machine: train, kill in the middle of a save, resume, save in the
+background, reshard, damage.
 
     python docs/examples/demo.py
 
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,8 @@ import dcp_engine
 
 STEPS = 24
 SAVE_EVERY = 4
+BACKGROUND_STEPS = 16
+"""How far the job goes that saves in the background."""
 ATTEMPTS = 4
 MIDDLE = 1_000_000
 """Bytes of a save that are on disk before the kill; a save is 40 MB."""
@@ -37,7 +40,7 @@ class Broken(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train, kill, resume, reshard, damage.")
     parser.add_argument("--directory", type=Path, help="work here and keep everything")
     args = parser.parse_args()
     begun = time.perf_counter()
@@ -56,33 +59,42 @@ def main() -> int:
 
 def run(work: Path) -> None:
     uninterrupted, interrupted = work / "uninterrupted", work / "interrupted"
+    background = work / "background"
     with step(1, f"train {STEPS} steps on 2 ranks, without interruption"):
         train(2, work / "results-1", uninterrupted)
         expected = read_digests(work / "results-1" / "final.json")
     with step(2, "the same again, killed with SIGKILL in the middle of a save"):
         kill_during_save(work, interrupted)
+        shutil.copytree(interrupted, background)
         check_survivor(work, interrupted)
     with step(3, "resume on 2 ranks and train to the end"):
         train(2, work / "results-3", interrupted, "--resume")
         compare(read_digests(work / "results-3" / "final.json"), expected, "uninterrupted run")
         check_no_garbage(interrupted)
-    with step(4, "load on 4 ranks, and on 1"):
+    with step(4, "resume the killed job again, saving in the background; kill a worker in a save"):
+        kill_worker_during_save(work / "results-4", background)
+        until = read_digests(work / "results-1" / f"step{BACKGROUND_STEPS:06d}.json")
+        compare(read_digests(work / "results-4" / "final.json"), until, "uninterrupted run")
+        check_no_garbage(background)
+        load_only(2, work / "results-4-loaded", background)
+        compare(read_digests(work / "results-4-loaded" / "final.json"), until, "uninterrupted run")
+    with step(5, "load on 4 ranks, and on 1"):
         for ranks in (4, 1):
             print(f"  {ranks} rank{'s' * (ranks > 1)}:")
-            results = work / f"results-4-{ranks}"
+            results = work / f"results-5-{ranks}"
             load_only(ranks, results, interrupted, "--other-world-size")
             compare(read_digests(results / "final.json"), expected, "uninterrupted run")
-    with step(5, "open the data files with the safetensors library alone"):
+    with step(6, "open the data files with the safetensors library alone"):
         whole = read_with_safetensors(interrupted, expected)
         compare({name: digest(t) for name, t in whole.items()}, expected, "uninterrupted run")
-    with step(6, "flip one bit of a copy and load it"):
+    with step(7, "flip one bit of a copy and load it"):
         check_damage(work, interrupted, whole)
 
 
 @contextmanager
 def step(number: int, title: str) -> Iterator[None]:
     begun = time.perf_counter()
-    print(f"\n[{number}/6] {title}", flush=True)
+    print(f"\n[{number}/7] {title}", flush=True)
     yield
     print(f"  ({time.perf_counter() - begun:.0f} s)", flush=True)
 
@@ -151,7 +163,7 @@ def kill_during_save(work: Path, checkpoint: Path) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         resume = ["--resume"] if committed_id(checkpoint) else []
         with start(2, work / f"results-2-{attempt}", checkpoint, *resume) as job:
-            before, target = wait_for_save(job, checkpoint)
+            before, target = wait_for_save(job, checkpoint, data_directories(checkpoint))
             job.kill()
         if committed_id(checkpoint) == before and target.is_dir():
             size = bytes_below(target) / 1e6
@@ -161,10 +173,10 @@ def kill_during_save(work: Path, checkpoint: Path) -> None:
     raise Broken(f"no save could be interrupted in {ATTEMPTS} attempts")
 
 
-def wait_for_save(job: Job, checkpoint: Path) -> tuple[str, Path]:
-    """Wait until a save that is to replace a committed one is under way. Returns the save id
-    of the committed one and the data directory of the new one."""
-    seen: set[str] = set()
+def wait_for_save(job: Job, checkpoint: Path, others: Iterable[str]) -> tuple[str, Path]:
+    """Wait until a save that is to replace a committed one is under way, and is none of
+    ``others``. Returns the save id of the committed one and the data directory of the new one."""
+    seen = set(others)
     while job.running:
         # In this order: what is listed and not named afterwards is not committed yet.
         directories = data_directories(checkpoint)
@@ -177,6 +189,38 @@ def wait_for_save(job: Job, checkpoint: Path) -> tuple[str, Path]:
         time.sleep(0.001)
     job.wait()
     raise Broken("the job ended before a save could be interrupted")
+
+
+def kill_worker_during_save(results: Path, checkpoint: Path) -> None:
+    """Train to the end with worker processes that save, of which one is killed while it writes.
+    Training does not notice until it asks how the save went, and the next one works."""
+    others = set(data_directories(checkpoint))
+    arguments = ["--resume", "--async", "process", "--steps", str(BACKGROUND_STEPS)]
+    with start(2, results, checkpoint, *arguments) as job:
+        while True:
+            _, target = wait_for_save(job, checkpoint, others)
+            others.add(target.name.removeprefix("data-"))
+            if job.kill_worker(1) and wait_for_failure(job, checkpoint, target):
+                break
+            found("that save was committed before the signal arrived; trying again")
+        found(f"rank 1's worker killed while {target.name} was written; training goes on")
+        job.wait()
+    failures = [line for line in job.lines if line.startswith("a save failed")]
+    if failures != ["a save failed on ranks [1] (worker_died); training goes on"]:
+        raise Broken(f"one save was to fail, on rank 1: {failures}")
+    found("that save failed on all ranks, by name, and the next ones were committed")
+
+
+def wait_for_failure(job: Job, checkpoint: Path, target: Path) -> bool:
+    """Whether the save to ``target`` fails, which training says when it is about to save again."""
+    while job.running:
+        if any(line.startswith("a save failed") for line in list(job.lines)):
+            return True
+        if committed_id(checkpoint) == target.name.removeprefix("data-"):
+            return False
+        time.sleep(0.01)
+    job.wait()
+    raise Broken("the job ended without a word about the save whose worker was killed")
 
 
 def check_survivor(work: Path, checkpoint: Path) -> None:

@@ -87,6 +87,17 @@ class Job:
                 raise JobFailed(self._report(f"exit status {status} after all ranks finished"))
             print("    (torch aborted a process at interpreter exit, after all ranks had finished)")
 
+    def kill_worker(self, rank: int) -> bool:
+        """SIGKILL to the worker process of that rank; False if it has none."""
+        for file in self.results.glob(f"rank{rank}.pid"):
+            for child in _children(int(file.read_text() or 0)):
+                command = Path(f"/proc/{child}/cmdline")
+                with suppress(OSError):
+                    if b"dcp_engine worker" in command.read_bytes():
+                        os.kill(child, signal.SIGKILL)
+                        return True
+        return False
+
     def kill(self, deadline: float = 30.0) -> None:
         """SIGKILL to torchrun and to every rank; return when all of them are gone."""
         # torchrun puts each rank into a session of its own, so its process group is not enough.
@@ -105,11 +116,20 @@ class Job:
         with stream:
             for line in stream:
                 self.lines.append(line.rstrip())
-                if line.startswith(("step", "resumed")):
+                if line.startswith(("step", "resumed", "a save failed")):
                     print(f"    {line.rstrip()}", flush=True)
 
     def _report(self, what: str) -> str:
         return "\n".join([f"the job failed: {what}; its last lines:", *self.lines[-60:]])
+
+
+def _children(pid: int) -> list[int]:
+    """As Linux tells: each thread has the children that it started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found
 
 
 def _environment() -> dict[str, str]:

@@ -2,17 +2,20 @@
 
     torchrun --nproc-per-node 2 docs/examples/train.py --checkpoint /tmp/ckpt --steps 24
     torchrun --nproc-per-node 2 docs/examples/train.py --checkpoint /tmp/ckpt --steps 48 --resume
+    torchrun --nproc-per-node 2 docs/examples/train.py --checkpoint /tmp/ckpt --async process
 
 Every few steps the checkpoint is replaced in place. A job that was killed at any moment resumes
 from the last one that was committed, and on as many ranks ends with the very same bits as a job
 that was never interrupted: parameters, optimizer state, the place in the data and each rank's
-random state are all in the checkpoint.
+random state are all in the checkpoint. With ``--async`` training waits only while the state is
+copied; a thread, or a worker process of each rank, saves the copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,52 @@ def train_step(training: Training, data: Windows, batch: int) -> torch.Tensor:
     return mean
 
 
+class Saves:
+    """Saves of the training, synchronous or not, into one directory.
+
+    Args:
+        kind: ``"thread"``, ``"process"``, or None: training waits.
+    """
+
+    def __init__(self, checkpoint: Path, kind: str | None, say: Callable[[str], None]) -> None:
+        self.checkpoint = checkpoint
+        self.kind = kind
+        self.say = say
+        self._pending: dcp_engine.AsyncSaveResponse | None = None
+
+    def save(self, training: Training) -> None:
+        """When it returns, the training may go on."""
+        begun = time.perf_counter()
+        state = {"training": training}
+        writer = dcp_engine.FileSystemWriter(self.checkpoint)
+        if self.kind is None:
+            dcp_engine.save(state, storage_writer=writer)
+            how = "saved"
+        else:
+            self._look_at_the_last_one()
+            kind = dcp_engine.AsyncCheckpointerType(self.kind)
+            self._pending = dcp_engine.async_save(
+                state, storage_writer=writer, async_checkpointer_type=kind
+            )
+            how = "copied, to be saved in the background,"
+        self.say(f"step {training.step:4d}  {how} in {time.perf_counter() - begun:.2f} s")
+
+    def finish(self) -> None:
+        """Wait for the last save; without it the training was in vain."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _look_at_the_last_one(self) -> None:
+        """A failure has left the checkpoint before it as it was, on all ranks."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        except dcp_engine.CheckpointException as error:
+            ranks = sorted(error.failures)
+            self.say(f"a save failed on ranks {ranks} ({error.kind}); training goes on")
+
+
 def main() -> None:
     args = parse_args()
     dist.init_process_group("gloo")
@@ -128,21 +177,17 @@ def main() -> None:
             tree = {"training": training.state_dict()}
             reporting.write_digests(args.results / f"{name}.json", tree, rank)
 
+    saves = Saves(args.checkpoint, args.background, say)
     while training.step < args.steps:
         begun = time.perf_counter()
         loss = train_step(training, data, args.batch)
         took = time.perf_counter() - begun
         say(f"step {training.step:4d}/{args.steps}  loss {loss.item():.4f}  {took:.2f} s")
         if training.step % args.save_every == 0 or training.step == args.steps:
-            begun = time.perf_counter()
-            dcp_engine.save(
-                {"training": training},
-                storage_writer=dcp_engine.FileSystemWriter(args.checkpoint),
-            )
-            took = time.perf_counter() - begun
-            say(f"step {training.step:4d}/{args.steps}  saved in {took:.2f} s")
+            saves.save(training)
             report(f"step{training.step:06d}")
 
+    saves.finish()
     report("final")
     if args.results is not None:
         reporting.mark_finished(args.results, rank)
@@ -155,6 +200,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory, replaced whole")
     parser.add_argument("--steps", type=int, default=24, help="train up to this step")
     parser.add_argument("--save-every", type=int, default=4, help="steps between saves")
+    parser.add_argument(
+        "--async",
+        dest="background",
+        choices=["thread", "process"],
+        help="save while training goes on; by default training waits",
+    )
     parser.add_argument("--resume", action="store_true", help="begin with what --checkpoint holds")
     parser.add_argument(
         "--other-world-size",

@@ -11,12 +11,9 @@ import torch
 
 from dcp_engine.checkpointer import CheckpointWriter, CheckpointWriterConfig, RankInfo, WriterHook
 
-Marks = Path
-"""A directory in which children leave files."""
-
 
 def leave_mark(directory: str, name: str, text: str = "") -> None:
-    """Say that something happened."""
+    """Say that something happened, by a file in ``directory``."""
     (Path(directory) / name).write_text(text)
 
 

@@ -129,6 +129,19 @@ def test_a_write_that_fails_ends_neither_the_child_nor_the_next_write(
     assert hooked.pid == pid
 
 
+def test_nothing_piles_up_in_the_child(hooked: CheckpointProcess, tmp_path: Path) -> None:
+    def write(state: Any, **kwargs: Any) -> int:
+        hooked.write(state, str(tmp_path / "c"), **kwargs).exception()
+        return len(list(Path(f"/proc/{hooked.pid}/fd").iterdir()))
+
+    write({"w": torch.ones(9)})
+    before = write({"w": torch.ones(9)})
+    with DefaultStager(BLOCKING) as stager:  # another arena, whose first writes fail
+        counts = [write(stager.stage({"w": torch.ones(9)}), fail="yes") for _ in range(3)]
+        assert counts == [before + 1] * 3
+    assert write({"w": torch.ones(9)}) == before  # the child lets go of it
+
+
 def test_a_child_that_died_is_replaced_and_costs_no_write(
     hooked: CheckpointProcess, tmp_path: Path
 ) -> None:

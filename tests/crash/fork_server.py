@@ -199,26 +199,29 @@ def _end_with_parent() -> None:
 def _live(request: list[Any]) -> None:
     """The life of a child; does not return."""
     module, name, fifo, log, args = request
-    _end_with_parent()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # Open from the begin: what is said when descriptors are exhausted must be heard.
-    pipe = os.open(fifo, os.O_WRONLY)
-
-    def say(*message: Any) -> None:
-        os.write(pipe, json.dumps(message).encode() + b"\n")
-
     status = 1
     try:
-        getattr(importlib.import_module(module), name)(say, *args)
-        status = 0
-    except BaseException:
-        say("raised", traceback.format_exc()[-3000:])
-    finally:
+        _end_with_parent()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        # Open from the begin: what is said when descriptors are exhausted must be heard.
+        pipe = os.open(fifo, os.O_WRONLY)
+
+        def say(*message: Any) -> None:
+            os.write(pipe, json.dumps(message).encode() + b"\n")
+
+        try:
+            getattr(importlib.import_module(module), name)(say, *args)
+            status = 0
+        except BaseException:
+            say("raised", traceback.format_exc()[-3000:])
         sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
         os._exit(status)
 
 

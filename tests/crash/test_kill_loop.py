@@ -79,12 +79,17 @@ class KilledJob:
         victims = self._generator.choice(VICTIMS)
         # Either in the first save of a process, or a few saves later.
         saves = self._generator.choice((0, 0, 1, 3))
+        # On a busy machine a job may run out of time before it has come that far: a round, too.
         begun = words.listen(
-            lambda: sum(word[0] == "begins" for word in words.heard) >= RANKS * (saves + 1),
-            60.0,
+            lambda: (
+                sum(word[0] == "begins" for word in words.heard) >= RANKS * (saves + 1)
+                or all(child.ended for child in children)
+            ),
+            120.0,
             children=children,
         )
-        assert begun, f"the job did not start: {words.heard}"
+        stacks = "" if begun else "\n".join(child.stacks() for child in children)
+        assert begun, f"the job did not start: {words.heard}\n{stacks}"
         # A random moment: nobody is waited for.
         words.listen(lambda: False, self._generator.uniform(0.0, 0.12))
         for victim in victims:

@@ -38,9 +38,10 @@ def test_resumed_job_ends_with_the_same_bits(jobs: ModuleType, tmp_path: Path) -
             job.wait(120)
         return digests(results / "final.json")
 
-    uninterrupted = run("uninterrupted", "a", 4)
+    uninterrupted = run("uninterrupted", "a", 4, "--async", "thread")
     run("first-half", "b", 2)
-    assert run("second-half", "b", 4, "--resume") == uninterrupted
+    assert run("second-half", "b", 4, "--resume", "--async", "process") == uninterrupted
+    assert run("loaded", "b", 4, "--resume") == uninterrupted
 
     halfway = digests(tmp_path / "uninterrupted" / "step000002.json")
     assert halfway == digests(tmp_path / "first-half" / "final.json")

@@ -13,10 +13,11 @@ from itertools import product
 from tests.matrix.pairwise import pairwise
 from tests.matrix.sites import SITES, Site
 
-__all__ = ["FAULTS", "Case", "full_matrix", "sample"]
+__all__ = ["FAULTS", "OPERATIONS", "RAISING", "Case", "full_matrix", "sample"]
 
 FAULTS = ("exception", "unpicklable", "keyboard", "exit", "own base", "hang", "kill")
 RAISING = FAULTS[:5]
+OPERATIONS = ("save", "load", "async thread", "async process")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,11 @@ class Case:
         return (max(rank for rank in range(self.world_size) if rank != self.coordinator),)
 
     @property
+    def dies(self) -> bool:
+        """Ranks die, not only their workers."""
+        return self.fault == "kill" and not self.site.in_worker
+
+    @property
     def first_ranks(self) -> tuple[int, ...]:
         """Where the failure strikes that a call of the clean-up follows."""
         method = self.site.first.split()[0].partition(".")[2]
@@ -58,7 +64,7 @@ class Case:
         )
 
 
-def full_matrix(operations: Iterable[str] = ("save", "load")) -> list[Case]:
+def full_matrix(operations: Iterable[str] = OPERATIONS) -> list[Case]:
     """All cells of these operations."""
     return [case for site in SITES if site.operation in operations for case in _cells(site)]
 
@@ -81,7 +87,7 @@ def _cells(site: Site) -> Iterable[Case]:
             continue
         hosts: list[int | None] = [None]
         # Where the store is matters only to who survives.
-        if fault == "kill" and size > 1 and subset != "all":
+        if fault == "kill" and not site.in_worker and size > 1 and subset != "all":
             hosts.append(0)
         for host in hosts:
             yield Case(
@@ -96,13 +102,21 @@ def _cells(site: Site) -> Iterable[Case]:
 
 
 def sample(cases: Iterable[Case]) -> list[Case]:
-    """Cells such that all pairs of properties that occur in ``cases`` together occur in them."""
-    return pairwise(list(cases), _properties)
+    """Cells such that all pairs of properties that occur in ``cases`` together occur in them.
+
+    Calls that hang or kill are told apart by the phase in which they do, not one by one: what the
+    other ranks see is silence in either case, and each costs seconds.
+    """
+    # Of cells that are as good, what costs least is taken: the first.
+    cost = {"hang": 1, "kill": 2}
+    return pairwise(sorted(cases, key=lambda case: cost.get(case.fault, 0)), _properties)
 
 
 def _properties(case: Case) -> Mapping[str, object]:
+    site = case.site
+    phase = f"{site.operation}/{site.path} {site.subject == 'store'} {site.phase}"
     return {
-        "site": case.site.label,
+        "call": site.label if case.fault in RAISING else phase,
         "fault": case.fault,
         "when": case.when,
         "subset": case.subset,

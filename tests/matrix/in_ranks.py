@@ -11,6 +11,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def _options(case: Case) -> dict[str, Any]:
 def _struck_save(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
     site = case.site
     state = _State(value, own=site.path == "columns")
-    writer = ShardedWriter(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
+    writer = ShardedWriter(partial(_struck_store, site=site, strikes=strikes), path)
     planner = _ItemSavePlanner() if site.path == "items" else dcp.DefaultSavePlanner()
     _strike_objects(site, strikes, writer=writer, planner=planner, stateful=state.part)
     on.save(state.content, storage_writer=writer, planner=planner, **_options(case))
@@ -136,19 +138,56 @@ def _struck_save(on: dcp.Engine, case: Case, path: str, value: float, strikes: S
 def _struck_load(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes) -> None:
     site = case.site
     state = _State(-1.0, own=site.path == "columns")
-    reader = ShardedReader(lambda place: _struck_store(FileSystemStore(place), site, strikes), path)
+    reader = ShardedReader(partial(_struck_store, site=site, strikes=strikes), path)
     planner = _ItemLoadPlanner() if site.path == "items" else dcp.DefaultLoadPlanner()
     _strike_objects(site, strikes, reader=reader, planner=planner, stateful=state.part)
     on.load(state.content, storage_reader=reader, planner=planner, **_options(case))
 
 
+def _struck_async_save(
+    on: dcp.Engine, case: Case, path: str, value: float, strikes: Strikes
+) -> None:
+    site = case.site
+    state = _State(value, own=site.path == "columns" and site.subject != "stager")
+    writer = ShardedWriter(partial(_struck_store, site=site, strikes=strikes), path)
+    planner = _ItemSavePlanner() if site.path == "items" else dcp.DefaultSavePlanner()
+    stager = _Stager() if site.subject == "stager" else None
+    _strike_objects(
+        site, strikes, writer=writer, planner=planner, stateful=state.part, stager=stager
+    )
+    response = on.async_save(
+        state.content,
+        storage_writer=writer,
+        planner=planner,
+        async_checkpointer_type=_EXECUTORS[site.operation],
+        async_stager=stager,
+        **_options(case),
+    )
+    response.result(PATIENCE)
+
+
+class _Stager(dcp.AsyncStager):
+    """A stager of another origin."""
+
+    def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
+        staged: Future[dict[str, Any]] = Future()
+        staged.set_result(dict(state_dict))
+        return staged
+
+
+_EXECUTORS = {
+    "async thread": dcp.AsyncCheckpointerType.THREAD,
+    "async process": dcp.AsyncCheckpointerType.PROCESS,
+}
 OPERATIONS: dict[str, Callable[[dcp.Engine, Case, str, float, Strikes], None]] = {
     "save": _struck_save,
     "load": _struck_load,
+    **dict.fromkeys(_EXECUTORS, _struck_async_save),
 }
 
 
-def _struck_store(store: Any, site: Site, strikes: Strikes) -> Any:
+def _struck_store(place: Any, *, site: Site, strikes: Strikes) -> Any:
+    store: Any = FileSystemStore(place)
     if site.first.startswith("store."):
         operation = site.first.split()[0].partition(".")[2]
         store = StruckStore(store, operation, site.name, strikes["first"])
@@ -217,6 +256,17 @@ def _outcome(run: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
+def _warm_up(on: dcp.Engine, case: Case, path: str, value: float) -> None:
+    """An operation of the kind, so that what the engine keeps for it is there."""
+    if case.site.operation in _EXECUTORS:
+        on.async_save(
+            _State(value).content,
+            checkpoint_id=path,
+            no_dist=case.world_size == 1,
+            async_checkpointer_type=_EXECUTORS[case.site.operation],
+        ).result(PATIENCE)
+
+
 # -- plain operations --------------------------------------------------------------------------
 
 
@@ -280,6 +330,7 @@ def survived(cases: list[Case], root: str) -> list[dict[str, Any]]:
         for _ in range(2):
             _save(on, place, value)
             _load(on, place)
+            _warm_up(on, cases[0], place, value)
         for number, case in enumerate(cases):
             before = _resources()
             report = _struck(on, case, place, value, f"{root}/control-{number}")
@@ -296,6 +347,7 @@ def killed(case: Case, root: str) -> dict[str, Any]:
     place = f"{root}/checkpoint"
     with _engine() as on:
         _save(on, place, 1.0)
+        _warm_up(on, case, place, 1.0)
         before = _resources()
         report = _struck(on, case, place, 1.0, f"{root}/control-0")
         report["left over"] = _left_over(before)

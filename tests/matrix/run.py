@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.matrix import in_ranks
-from tests.matrix.cases import Case, full_matrix, sample
+from tests.matrix.cases import OPERATIONS, Case, full_matrix, sample
 from tests.matrix.verdict import complaints
 from tests.multirank.pool import RankPool, RanksFailed
 
@@ -93,13 +93,17 @@ def run_cases(
 
 def _batches(cases: Iterable[Case]) -> list[list[Case]]:
     """Cases of one world size together, each that kills for itself; the slow ones first."""
-    kills = [[case] for case in cases if case.fault == "kill"]
+    kills = [[case] for case in cases if case.dies]
     rest: list[list[Case]] = []
-    for hangs, size in itertools.product((True, False), (4, 2, 1)):
+    # One kind of operation in a batch: an engine that has a worker keeps it.
+    operations = sorted({case.site.operation for case in cases})
+    for hangs, size, operation in itertools.product((True, False), (4, 2, 1), operations):
         alike = [
             case
             for case in cases
-            if case.world_size == size and case.fault != "kill" and (case.fault == "hang") == hangs
+            if not case.dies
+            and (case.world_size, case.fault == "hang", case.site.operation)
+            == (size, hangs, operation)
         ]
         rest.extend(alike[at : at + BATCH] for at in range(0, len(alike), BATCH))
     # Idle waits and work side by side.
@@ -113,7 +117,7 @@ Result = tuple[Case, list[str], str]
 def _run_batch(pool: RankPool, batch: list[Case]) -> list[Result]:
     root = tempfile.mkdtemp(prefix="dcp-engine-matrix-")
     try:
-        run = _run_kill if batch[0].fault == "kill" else _run_survivors
+        run = _run_kill if batch[0].dies else _run_survivors
         return run(pool, batch, root)
     except RanksFailed as error:
         if len(batch) == 1:
@@ -174,7 +178,7 @@ def _cleaned_by(report: dict[str, Any]) -> str:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("operations", nargs="*", default=["save", "load"])
+    parser.add_argument("operations", nargs="*", default=[*OPERATIONS])
     parser.add_argument("--sample", action="store_true", help="the pairwise sample only")
     parser.add_argument("--only", default="", help="cells whose names hold this")
     parser.add_argument("--lanes", type=int, default=LANES)

@@ -55,7 +55,14 @@ class Site:
         where = f"{self.subject}.{self.method}"
         if self.name != "*":
             where += f"({self.name})"
+        if self.first:
+            where += f" once {self.first} failed"
         return f"{self.operation}/{self.path}/{where}"
+
+    @property
+    def in_worker(self) -> bool:
+        """The call is made in a worker process, whose death its rank survives."""
+        return self.operation == "async process" and self.subject in ("writer", "planner", "store")
 
 
 _COLUMN_SAVE = Site(operation="save", path="columns", subject="writer", method="", phase="agree")
@@ -187,4 +194,28 @@ def _item_load() -> list[Site]:
     return [*reader, *planner]
 
 
-SITES: tuple[Site, ...] = (*_column_save(), *_item_save(), *_column_load(), *_item_load())
+def _async_save(operation: str) -> list[Site]:
+    """Those of a save, elsewhere, and what happens at the call."""
+    saves = [replace(site, operation=operation) for site in (*_column_save(), *_item_save())]
+    here = ("takes_columns", "manifest_source") if operation == "async process" else ()
+    stager = replace(_COLUMN_SAVE, operation=operation, subject="stager", outside=True)
+    return [
+        *(
+            replace(site, outside=True) if site.subject == "stateful" else site
+            for site in saves
+            if site.method not in here
+        ),
+        _site(stager, "stage", "staging", futures=True),
+        _site(stager, "synchronize_staging", "staging"),
+        _site(stager, "should_synchronize_after_execute", "staging"),
+    ]
+
+
+SITES: tuple[Site, ...] = (
+    *_column_save(),
+    *_item_save(),
+    *_column_load(),
+    *_item_load(),
+    *_async_save("async thread"),
+    *_async_save("async process"),
+)

@@ -8,6 +8,7 @@ Ranks talk through files in one directory, because a struck call may run in any 
 
 from __future__ import annotations
 
+import concurrent.futures
 import fnmatch
 import os
 import signal
@@ -83,10 +84,27 @@ class Strike:
             self.land()
             return call()
         result = call()
+        if self.when == "future" and isinstance(result, concurrent.futures.Future):
+            return self._struck_later(result)
         if self.when == "future":
             return _StruckFuture(result, self)
         self.land()
         return result
+
+    def _struck_later(self, real: concurrent.futures.Future[Any]) -> concurrent.futures.Future[Any]:
+        struck: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def complete() -> None:
+            try:
+                result = real.result()
+                self.land()
+            except BaseException as error:
+                struck.set_exception(error)
+            else:
+                struck.set_result(result)
+
+        threading.Thread(target=complete, name="struck future", daemon=True).start()
+        return struck
 
     def _is_due(self) -> bool:
         if self.rank not in self.ranks:

@@ -56,7 +56,8 @@ def _of_one(
         if raised != EXITS[case.fault]:
             yield f"raised {raised or 'nothing'}, not {EXITS[case.fault]}: {text}"
     elif _is_harmless(case) and not site.first:
-        if raised and not (_store_died(case, struck) and report["kind"] == "commit_in_doubt"):
+        doubt = case.fault == "kill" and (not case.dies or _store_died(case, struck))
+        if raised and not (doubt and report["kind"] == "commit_in_doubt"):
             yield f"raised {raised}, though all was over: {text}"
     elif raised == "CheckpointException":
         yield from _of_verdict(case, report, struck, first)
@@ -97,12 +98,14 @@ def _may_raise(case: Case, raised: str, struck: bool) -> bool:
     # Alone there is nobody who would not wait for a commit that is late; and of a manifest that
     # has its name it does not matter what the store said.
     late = case.world_size == 1 and case.fault == "hang" and site.commit == "decided"
+    # Nobody is late where all begin late.
+    late |= case.fault == "hang" and site.outside and len(case.ranks) == case.world_size
     took_place = site.method == "replace" and case.when == "after"
     return late or (took_place and case.fault in ("exception", "unpicklable"))
 
 
 def _store_died(case: Case, struck: list[int]) -> bool:
-    return case.fault == "kill" and case.host is not None and case.host in struck
+    return case.dies and case.host is not None and case.host in struck
 
 
 def _kinds(case: Case, struck: list[int]) -> set[str]:
@@ -111,6 +114,8 @@ def _kinds(case: Case, struck: list[int]) -> set[str]:
         return kinds | RAISED
     if case.fault == "hang":
         return kinds | {"timeout"}
+    if not case.dies:
+        return kinds | {"worker_died"}
     if _store_died(case, struck):
         return kinds | {"store_lost", "commit_in_doubt"}
     return kinds | {"timeout" if case.site.outside else "stalled"}

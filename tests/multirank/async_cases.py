@@ -139,15 +139,23 @@ class AskingPlanner(dcp.DefaultSavePlanner):
         return super().create_local_plan()
 
 
+KILLED_IN = [
+    (1, "begin_save"),
+    (1, "write_columns"),
+    (0, "observe"),
+    (0, "write_columns"),
+    (0, "commit_columns"),
+]
+"""Ranks, and methods of the writer; ``observe`` is in the plan."""
+
+
 def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
     """Kill a rank's worker in a method, for several; after each the next save works."""
     rank = dist.get_rank()
     found = []
     with dcp.Engine() as engine:
         save(engine, "process", path, 0.0).result(LIMIT)
-        for number, (victim, method) in enumerate(
-            [(1, "begin_save"), (1, "write_columns"), (0, "write_columns"), (0, "commit_columns")]
-        ):
+        for number, (victim, method) in enumerate(KILLED_IN):
             value = float(number)
             gate = Gate(Path(gates) / f"{number}-{rank}")
             writer: dcp.StorageWriter = dcp.FileSystemWriter(path)
@@ -178,6 +186,23 @@ def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
         dcp.load(into, checkpoint_id=f"{path}-planned")
         planned = into["sharded"].full_tensor().unique().tolist() == [50.0]
         found.append({"planner": planned, "pid": engine.worker_pid})
+    return found
+
+
+def kill_starting_workers(path: str) -> list[dict[str, Any]]:
+    """Kill a rank's worker while it starts; its save may fail, the next one works."""
+    rank, found = dist.get_rank(), []
+    for victim in (0, 1):
+        with dcp.Engine() as engine:
+            save(engine, "thread", path, 0.0).result(LIMIT)
+            response = save(engine, "process", path, 1.0)
+            if rank == victim:
+                assert engine.worker_pid is not None
+                os.kill(engine.worker_pid, signal.SIGKILL)
+            killed = outcome(response)
+            whole = holds(path, 0.0 if killed["failed"] else 1.0)
+            save(engine, "process", path, 2.0).result(LIMIT)
+            found.append({"victim": victim, **killed, "whole": whole, "after": holds(path, 2.0)})
     return found
 
 

@@ -91,11 +91,11 @@ class Struck(Exception):
     """What an injected fault raises."""
 
 
-def _struck(method: str) -> Any:
+def _struck(owner: Any, method: str) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if method == self.struck and os.getpid() != self.parent:
             raise Struck(method)
-        return getattr(super(type(self), self), method)(*args, **kwargs)
+        return getattr(super(owner, self), method)(*args, **kwargs)
 
     return call
 
@@ -120,11 +120,16 @@ COORDINATORS = ("observe", "commit_columns", "prepare_global_plan", "finish", "c
 
 
 class StruckWriter(dcp.FileSystemWriter):
-    """Raises in one method, in the worker only."""
+    """Raises in one method, in the worker only. Those that are overridden here leave it a writer
+    of columns."""
 
     def __init__(self, path: str, struck: str) -> None:
         super().__init__(path)
         self.struck, self.parent = struck, os.getpid()
+
+
+class StruckItemWriter(StruckWriter):
+    """Has overrides that only DCP's life cycle calls."""
 
 
 class StruckPlanner(dcp.DefaultSavePlanner):
@@ -135,10 +140,13 @@ class StruckPlanner(dcp.DefaultSavePlanner):
         self.struck, self.parent = struck, os.getpid()
 
 
-for _name in (*WRITER_COLUMNS, *WRITER_ITEMS):
-    setattr(StruckWriter, _name, _struck(_name))
-for _name in PLANNER:
-    setattr(StruckPlanner, _name, _struck(_name))
+for _class, _names in (
+    (StruckWriter, WRITER_COLUMNS),
+    (StruckItemWriter, WRITER_ITEMS),
+    (StruckPlanner, PLANNER),
+):
+    for _name in _names:
+        setattr(_class, _name, _struck(_class, _name))
 
 
 def fail_everywhere(path: str, *, thorough: bool) -> list[dict[str, Any]]:
@@ -156,7 +164,8 @@ def fail_everywhere(path: str, *, thorough: bool) -> list[dict[str, Any]]:
         for turn, (method, where) in enumerate(cases):
             for victim in (0,) if method in COORDINATORS else (0, 1) if thorough else (turn % 2,):
                 here = rank == victim
-                writer = StruckWriter(path, method if here and where != "planner" else "")
+                kind = StruckWriter if where == "columns" else StruckItemWriter
+                writer = kind(path, method if here and where != "planner" else "")
                 planner = StruckPlanner(method if here and where == "planner" else "")
                 failed = outcome(
                     _save_planned(engine, writer, planner if where != "columns" else None, 9.0)
@@ -313,12 +322,16 @@ def save_often(path: str, kind: str, saves: int, settled: int) -> list[dict[str,
 
     store: Any = dist.distributed_c10d._get_default_store()
     found = []
+    state = async_cases.content(0.0)
     with dcp.Engine() as engine:
         for turn in range(saves):
             writer: dcp.StorageWriter = dcp.FileSystemWriter(path)
             if turn % 3 == 2 and turn % 2 == dist.get_rank():
                 writer = async_cases.FailingWriter(path)
-            response = save(engine, kind, path, float(turn), storage_writer=writer)
+            _fill(state, float(turn))
+            response = engine.async_save(
+                state, storage_writer=writer, async_checkpointer_type=KINDS[kind], timeout=LIMIT
+            )
             assert bool(outcome(response)["failed"]) is (turn % 3 == 2)
             if turn in (settled, saves - 1):
                 dist.barrier()
@@ -331,3 +344,11 @@ def save_often(path: str, kind: str, saves: int, settled: int) -> list[dict[str,
     if pid is not None:
         wait_until(lambda: gone(pid), "the worker's end")
     return found
+
+
+def _fill(state: dict[str, Any], value: float) -> None:
+    """As ``async_cases.content``; making a mesh anew would leave keys in the store."""
+    for name in ("sharded", "replicated", "plain"):
+        state[name].fill_(value)
+    state["own"].value.fill_(value + dist.get_rank())
+    state["step"] = value

@@ -47,6 +47,14 @@ def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
         assert (backend, int(seen), int(world_size)) == ("gloo", rank, 2)
 
 
+def test_workers_killed_while_they_start(ranks: Any, tmp_path: Path) -> None:
+    for found in ranks.run(2, async_cases.kill_starting_workers, str(tmp_path / "c"), timeout=150):
+        for case in found:
+            assert case["failed"] in ([], [case["victim"]]), case
+            assert case["whole"], case
+            assert case["after"], case
+
+
 def test_two_groups_at_once(ranks: Any, tmp_path: Path) -> None:
     for found in ranks.run(2, async_cases.save_in_two_groups, str(tmp_path), timeout=60):
         assert found == {"all": True, "own": True}

@@ -42,7 +42,14 @@ def test_a_parent_is_killed(ranks: Any, tmp_path: Path, point: str, victim: int)
     before = shared_memory()
     ranks.run(2, cases.save_old, str(path))
     found = ranks.run(
-        2, cases.lose_parent, str(path), str(notes), victim, point, timeout=120, expect_kill={victim}
+        2,
+        cases.lose_parent,
+        str(path),
+        str(notes),
+        victim,
+        point,
+        timeout=120,
+        expect_kill={victim},
     )
     survivor = found[1 - victim]
     assert found[victim] is None

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,33 @@ def test_partial_writes_and_reads_go_on(
         ],
     )
     assert [bytes(part) for part in got] == [b"0123", b"456789", b"pz"]
+
+
+def test_several_reads_open_the_file_once(
+    store: FileSystemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("data/f", b"0123456789")
+    with pytest.raises(FileNotFoundError), store.opened("data/none"):
+        pass
+    opened: list[str] = []
+    real = os.open
+
+    def spy(path: str, *args: Any, **kwargs: Any) -> int:
+        opened.append(path)
+        return real(path, *args, **kwargs)
+
+    buffers = [bytearray(4), bytearray(3), bytearray(5)]
+    with store.opened("data/f") as read:
+        monkeypatch.setattr(os, "open", spy)
+        read([ReadRange(0, memoryview(buffers[0])), ReadRange(4, memoryview(buffers[1]))])
+        # Whoever replaces the file does not mix into what is read from the old one.
+        store.delete(["data/f"])
+        opened.clear()
+        read([ReadRange(7, memoryview(buffers[1]))])
+        with pytest.raises(EOFError, match="data/f"):
+            read([ReadRange(7, memoryview(buffers[2]))])
+    assert opened == []
+    assert [bytes(part) for part in buffers[:2]] == [b"0123", b"789"]
 
 
 def test_adjacent_ranges_are_one_call(

@@ -56,13 +56,13 @@ class Turns:
         if not self._condition.wait_for(due, _PATIENCE):
             raise TimeoutError("a program did not come to its next operation")
 
-    def _next(self, alive: Sequence[str]) -> str:
+    def _next(self, first: str, alive: Sequence[str]) -> str:
         if self._ahead is None:
             return self._generator.choice(alive)
         self._taken += 1
-        if self._taken <= self._ahead or len(alive) == 1:
-            return alive[0]
-        return alive[1]
+        others = [name for name in alive if name != first]
+        overtaken = self._taken > self._ahead
+        return others[0] if others and (overtaken or first not in alive) else first
 
     def run(self, programs: Sequence[tuple[str, Callable[[], object]]]) -> None:
         """Run all of them to their ends; the first error of one is raised."""
@@ -92,7 +92,7 @@ class Turns:
                 self._wait(lambda: self._turn is None and self._waiting >= self._alive)
                 if not self._alive:
                     break
-                self._turn = self._next([name for name in order if name in self._alive])
+                self._turn = self._next(order[0], [name for name in order if name in self._alive])
                 self._condition.notify_all()
         for thread in threads:
             thread.join(_PATIENCE)

@@ -244,9 +244,9 @@ def test_rules() -> None:
 # Turns
 
 
-def in_turns(seed: int) -> list[str]:
+def in_turns(seed: int, ahead: int | None = None) -> list[str]:
     order: list[str] = []
-    turns = Turns(seed)
+    turns = Turns(seed, ahead=ahead)
 
     def program(name: str) -> Callable[[], None]:
         def life() -> None:
@@ -264,6 +264,14 @@ def test_turns_depend_on_the_seed_alone() -> None:
     assert sorted(in_turns(0)) == sorted("abc" * 5)
     assert in_turns(0) == in_turns(0)
     assert len({tuple(in_turns(seed)) for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize("ahead", range(8))
+def test_the_first_is_overtaken_at_any_place(ahead: int) -> None:
+    """Its first turn ends before its first step."""
+    before = min(max(ahead - 1, 0), 5)
+    rest = "b" * 5 + "c" * 5
+    assert "".join(in_turns(0, ahead)) == "a" * before + rest + "a" * (5 - before)
 
 
 def test_an_error_in_a_turn_is_raised() -> None:

@@ -18,6 +18,7 @@ from storage_backends.fsspec import FsspecWriter, open_fsspec_store
 from storage_backends.fsspec_parts import s3_part_bytes
 from storage_backends.fsspec_reads import ShortRead, plan_requests
 from storage_backends.fsspec_writes import PartsFile
+from storage_backends.testing.contracts.fixtures import in_parallel
 from tests.servers.s3 import S3Server
 from tests.storage_backends.fsspec.states import state
 
@@ -242,3 +243,16 @@ def test_a_short_answer_is_not_taken() -> None:
     with pytest.raises(ShortRead, match="byte 9"):
         request.deliver(b"abc")
     assert bytes(view) == bytes(10)
+
+
+def test_reads_of_several_threads_share_the_streams(s3: S3Server) -> None:
+    url = f"s3://{s3.new_bucket()}/run"
+    data = bytes(range(256)) * 4096
+    with open_fsspec_store(url, streams=3, request_bytes=64 << 10, **s3.options) as store:
+        store.put("f", data)
+        s3.tell()
+        found = [bytearray(len(data)) for _ in range(4)]
+        in_parallel(4, lambda n: store.read("f", [ReadRange(0, memoryview(found[n]))]))
+    assert all(bytes(each) == data for each in found)
+    assert len(s3.log()) == 4 * 16
+    assert s3.most_at_once() <= 3
