@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
+from dcp_engine.staging.copier import Copier
 from tests.async_saver.gated import (
     Boom,
     CountingPlanner,
@@ -144,6 +146,36 @@ def test_a_worker_killed_while_idle_costs_nothing(engine: dcp.Engine, tmp_path: 
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: gone(pid), "the worker's end")
     save(engine, tmp_path / "c", 2).result(LIMIT)
+    assert_holds(tmp_path / "c", 2)
+
+
+def test_a_worker_killed_while_the_state_is_copied(
+    engine: dcp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nothing to do with the save yet."""
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    copy, go = Copier.copy, threading.Event()
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        assert go.wait(LIMIT)
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(Copier, "copy", late)
+    state = every_kind(2)
+    response = engine.async_save(
+        state,
+        checkpoint_id=tmp_path / "c",
+        async_checkpointer_type=PROCESS,
+        background_staging=True,
+    )
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: gone(pid), "the worker's end")
+    go.set()
+    engine.wait_for_staging(LIMIT)
+    overwrite(state)
+    response.result(LIMIT)
     assert_holds(tmp_path / "c", 2)
 
 

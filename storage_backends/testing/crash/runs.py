@@ -54,7 +54,7 @@ class Budget:
 
     @staticmethod
     def long() -> Budget:
-        """For a run of some minutes."""
+        """For a run of half an hour."""
         return Budget(
             bounds=Bounds(exhaustive=9, pairs=16, random=64),
             orders=30,
