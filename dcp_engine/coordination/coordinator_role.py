@@ -218,6 +218,10 @@ class CoordinatorRole(Role):
     def _observe(self, now: float) -> None:
         self._read_pulses()
         self._next_observation = now + self._observation_interval()
+        if self._state == "gathering" and not self._liveness.missing(self.step):
+            # A rank publishes its report before it counts it, and may have died in between.
+            self._collect()
+            return
         stall = self.clock.deadlines.stall_timeout
         if stall is None:
             return
@@ -239,7 +243,7 @@ class CoordinatorRole(Role):
             self._miss(missing, "timeout")
         if self._state == "local":
             self._blame_coordinator()
-        # else all reports are there, and the next look collects them
+        # else all reports are there, and the next observation collects them
 
     def _miss(self, ranks: list[int], kind: str) -> None:
         now = self.clock.now()

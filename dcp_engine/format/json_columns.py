@@ -105,6 +105,11 @@ def encode_column(values: I64 | npt.NDArray[np.int32]) -> bytes:
     return encode_list(values)
 
 
+_FEW = 64
+"""Up to so many values numpy takes longer to begin than Python to finish; tables of so few rows
+are most of the tables there are."""
+
+
 def expand_column(column: Column, count: int, limit: int, what: str) -> I64:
     """The ``count`` values of a column, all from 0 up to but not including ``limit``.
 
@@ -113,12 +118,18 @@ def expand_column(column: Column, count: int, limit: int, what: str) -> I64:
     if isinstance(column, list):
         if len(column) != count:
             refuse(f"{what}: {len(column)} values for {count} rows")
+        if 0 < count <= _FEW:
+            if min(column) < 0 or max(column) >= limit:
+                refuse(f"{what}: a value is not from 0 to {limit - 1}")
+            return _int64(column, what)
         values = _int64(column, what)
     elif isinstance(column, int):
         if not 0 <= column < limit:
             if count == 0 and column == 0:
                 return np.empty(0, np.int64)
             refuse(f"{what}: {column} is not from 0 to {limit - 1}")
+        if count <= _FEW:
+            return np.full(count, column, np.int64)
         return np.broadcast_to(np.int64(column), (count,))
     else:
         match = _PROGRESSION.fullmatch(column)

@@ -28,6 +28,8 @@ __all__ = ["LoadSource", "PerRankPolicy", "make_load_columns", "plan_boxes", "un
 
 PerRankPolicy = Literal["error", "skip", "list"]
 
+_FEW_PAIRS = 16
+"""Up to so many pairs of a wanted and a stored box Python is done before numpy has begun."""
 _FEW_BOXES = 8
 """Up to so many wanted boxes of a tensor are compared with all its chunks one by one, which is
 faster than any index."""
@@ -302,6 +304,8 @@ def _overlaps(offsets: I64, sizes: I64, stored: I64, stored_sizes: I64) -> tuple
     """Pairs (wanted row, stored row) that share an element, by wanted row."""
     if len(offsets) > _FEW_BOXES:
         return find_overlaps(offsets, sizes, stored, stored_sizes)
+    if len(offsets) * len(stored) <= _FEW_PAIRS:
+        return _few_overlaps(offsets, sizes, stored, stored_sizes)
     ends = stored + stored_sizes
     rows = []
     for begin, size in zip(offsets, sizes, strict=True):
@@ -312,6 +316,21 @@ def _overlaps(offsets: I64, sizes: I64, stored: I64, stored_sizes: I64) -> tuple
         rows.append(np.flatnonzero(meets))
     counts = [len(row) for row in rows]
     return np.repeat(np.arange(len(rows)), counts), np.concatenate(rows)
+
+
+def _few_overlaps(offsets: I64, sizes: I64, stored: I64, stored_sizes: I64) -> tuple[I64, I64]:
+    chunks = list(zip(stored.tolist(), stored_sizes.tolist(), strict=True))
+    pairs = [
+        (row, at)
+        for row, (begins, extents) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True))
+        for at, (others, lengths) in enumerate(chunks)
+        if all(
+            other < begin + extent and other + length > begin
+            for begin, extent, other, length in zip(begins, extents, others, lengths, strict=True)
+        )
+    ]
+    columns = np.array(pairs, np.int64).reshape(len(pairs), 2)
+    return columns[:, 0], columns[:, 1]
 
 
 def _read_all(by_rank: Mapping[int, StoredTensor], parts: _Parts) -> tuple[torch.Tensor, ...]:

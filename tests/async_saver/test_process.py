@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,9 +58,16 @@ def gone(pid: int) -> bool:
         return True
 
 
-def shared_memory() -> set[str]:
-    """What torch, multiprocessing or this package would leave there."""
-    return {n for n in os.listdir("/dev/shm") if n.startswith(("torch", "psm", "sem", "dcp"))}
+def shared_memory_of(*pids: int) -> set[str]:
+    """Names in /dev/shm that these processes have or had: torch puts the process id into them, and
+    what is mapped shows as long as they live."""
+    own = re.compile(rf"(?<!\d)({'|'.join(map(str, pids))})(?!\d)")
+    names = {name for name in os.listdir("/dev/shm") if own.search(name)}
+    for pid in pids:
+        maps = Path(f"/proc/{pid}/maps")
+        if maps.exists():
+            names |= {line.split()[-1] for line in maps.read_text().splitlines() if "/shm/" in line}
+    return names
 
 
 def test_what_happens_to_the_state_afterwards_does_not_matter(
@@ -268,6 +276,7 @@ def test_warmup_starts_the_worker_and_touches_the_memory(tmp_path: Path) -> None
             state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS
         ).result(LIMIT)
         assert engine.worker_pid == pid
+        assert not shared_memory_of(os.getpid(), pid)
     assert gone(pid)
 
 
@@ -287,11 +296,10 @@ for turn in range(2):
         async_checkpointer_type=dcp.AsyncCheckpointerType.PROCESS,
         planner=MyPlanner(),
     )
+print(os.getpid(), engine.worker_pid, flush=True)
 if sys.argv[2] == "kill":
     response.result()
-    print(engine.worker_pid, flush=True)
     os.kill(os.getpid(), 9)
-print(engine.worker_pid, flush=True)
 """
 
 
@@ -320,7 +328,6 @@ def test_the_end_of_the_program(tmp_path: Path, ending: str) -> None:
     not, and its memory with it."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    before = shared_memory()
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "c"), ending],
         capture_output=True,
@@ -328,10 +335,10 @@ def test_the_end_of_the_program(tmp_path: Path, ending: str) -> None:
         timeout=120,
     )
     assert ended.returncode == (0 if ending == "exit" else -signal.SIGKILL), ended.stderr
-    pid = int(ended.stdout.split()[-1])
+    parent, pid = map(int, ended.stdout.splitlines()[-1].split())
     wait_until(lambda: gone(pid), "the worker's end")
     assert "Error" not in ended.stderr
     into = {"w": torch.zeros(1000, 1000)}
     dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
     assert into["w"].unique().tolist() == [1]
-    assert shared_memory() <= before
+    assert not shared_memory_of(parent, pid)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
 import dcp_engine as dcp
-from tests.async_saver.gated import FailingWriter, Gate, GatedWriter
+from tests.async_saver.gated import FailingWriter, Gate, GatedWriter, wait_until
 from tests.multirank import states
 
 LIMIT = 40
@@ -145,8 +145,18 @@ KILLED_IN = [
     (0, "observe"),
     (0, "write_columns"),
     (0, "commit_columns"),
+    (0, "start"),
+    (1, "start"),
 ]
-"""Ranks, and methods of the writer; ``observe`` is in the plan."""
+"""Ranks, and methods of the writer; ``observe`` is in the plan, ``start`` before all of them."""
+
+
+def kill_idle_worker(engine: dcp.Engine) -> None:
+    """The next save starts another one."""
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: engine.worker_pid != pid, "the worker's end")
 
 
 def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
@@ -161,16 +171,21 @@ def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
             writer: dcp.StorageWriter = dcp.FileSystemWriter(path)
             if rank == victim:
                 writer = GatedWriter(path, gate, method)
+                if method == "start":
+                    kill_idle_worker(engine)
             response = save(engine, "process", path, 99.0, storage_writer=writer)
             if rank == victim:
-                gate.wait_for_visitor()
+                if method != "start":
+                    gate.wait_for_visitor()
                 assert engine.worker_pid is not None
                 os.kill(engine.worker_pid, signal.SIGKILL)
             killed = outcome(response)
-            before = holds(path, value)
+            before = holds(path, value if killed["failed"] else 99.0)
             save(engine, "process", path, value + 1).result(LIMIT)
             after = holds(path, value + 1)
-            found.append({"victim": victim, **killed, "before": before, "after": after})
+            found.append(
+                {"victim": victim, "method": method, **killed, "before": before, "after": after}
+            )
         planner = AskingPlanner(Path(gates))
         state = content(50.0)
         del state["own"]  # no planner but the engine's own knows of PerRank
@@ -186,23 +201,6 @@ def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
         dcp.load(into, checkpoint_id=f"{path}-planned")
         planned = into["sharded"].full_tensor().unique().tolist() == [50.0]
         found.append({"planner": planned, "pid": engine.worker_pid})
-    return found
-
-
-def kill_starting_workers(path: str) -> list[dict[str, Any]]:
-    """Kill a rank's worker while it starts; its save may fail, the next one works."""
-    rank, found = dist.get_rank(), []
-    for victim in (0, 1):
-        with dcp.Engine() as engine:
-            save(engine, "thread", path, 0.0).result(LIMIT)
-            response = save(engine, "process", path, 1.0)
-            if rank == victim:
-                assert engine.worker_pid is not None
-                os.kill(engine.worker_pid, signal.SIGKILL)
-            killed = outcome(response)
-            whole = holds(path, 0.0 if killed["failed"] else 1.0)
-            save(engine, "process", path, 2.0).result(LIMIT)
-            found.append({"victim": victim, **killed, "whole": whole, "after": holds(path, 2.0)})
     return found
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import dcp_engine as dcp
 from dcp_engine.staging.copier import Copier
 from tests.async_saver.gated import Gate, GatedWriter, wait_until
+from tests.async_saver.test_process import gone, shared_memory_of
 from tests.multirank import async_cases
 
 STALL = 3.0
@@ -74,7 +75,7 @@ def lose_parent(path: str, notes: str, victim: int, point: str) -> dict[str, Any
         leave_word(engine, notes)
         die()
     if point == "committed":
-        wait_until(lambda: gone(worker_of(notes)), "the end of the other worker")
+        wait_until(lambda: gone(processes_of(notes)[1]), "the end of the other worker")
         gate.open()
     found = async_cases.outcome(response)
     found["next"] = _alone(engine, f"{path}-alone")
@@ -103,25 +104,20 @@ def look_and_go_on(path: str) -> list[float]:
 
 
 def leave_word(engine: dcp.Engine, notes: str) -> None:
-    """Which process the worker is."""
+    """Which process this is, and which the worker; while both live, nothing is in /dev/shm."""
+    assert engine.worker_pid is not None
+    assert not shared_memory_of(os.getpid(), engine.worker_pid)
     note = Path(notes) / "worker.part"
-    note.write_text(str(engine.worker_pid))
+    note.write_text(f"{os.getpid()} {engine.worker_pid}")
     note.rename(Path(notes) / "worker")
 
 
-def worker_of(notes: str) -> int:
+def processes_of(notes: str) -> tuple[int, int]:
     """Waits for that word."""
     note = Path(notes) / "worker"
     wait_until(note.exists, "the victim's word")
-    return int(note.read_text())
-
-
-def gone(pid: int) -> bool:
-    """Whether that process has ended, buried or not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+    parent, worker = map(int, note.read_text().split())
+    return parent, worker
 
 
 def _held(point: str, path: str, gate: Gate, rank: int, victim: int) -> dict[str, Any]:

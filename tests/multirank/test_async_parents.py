@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.async_saver.gated import wait_until
+from tests.async_saver.test_process import gone, shared_memory_of
 from tests.multirank import async_parent_cases as cases
 from tests.multirank.async_parent_cases import NEW, OLD
 
@@ -26,11 +26,6 @@ REST = [
 ]
 
 
-def shared_memory() -> set[str]:
-    """What torch, multiprocessing or this package would leave there."""
-    return {n for n in os.listdir("/dev/shm") if n.startswith(("torch", "psm", "sem", "dcp"))}
-
-
 @pytest.mark.parametrize(
     ("point", "victim"),
     [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.torture) for case in REST)],
@@ -39,7 +34,6 @@ def test_a_parent_is_killed(ranks: Any, tmp_path: Path, point: str, victim: int)
     """The store is the test's own: both ranks may die without taking it along."""
     path, notes = tmp_path / "c", tmp_path / "notes"
     notes.mkdir()
-    before = shared_memory()
     ranks.run(2, cases.save_old, str(path))
     found = ranks.run(
         2,
@@ -60,8 +54,10 @@ def test_a_parent_is_killed(ranks: Any, tmp_path: Path, point: str, victim: int)
         assert survivor["failed"] == [victim], survivor
         assert survivor["kind"] in ("stalled", "timeout", "commit_in_doubt"), survivor
     assert survivor["next"]
-    wait_until(lambda: cases.gone(cases.worker_of(str(notes))), "the end of the worker")
-    wait_until(lambda: shared_memory() <= before, "the end of what is in /dev/shm")
+    parent, worker = cases.processes_of(str(notes))
+    wait_until(lambda: gone(worker), "the end of the worker")
+    assert gone(parent)
+    assert not shared_memory_of(parent, worker)
     manifest = json.loads((path / "manifest.json").read_text())
     assert (path / f"data-{manifest['save_id']}").is_dir()
     whole = ranks.run(2, cases.look_and_go_on, str(path))

@@ -40,7 +40,8 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
     """
     shape = tuple(int(n) for n in value.shape)
     placements = tuple(_spell(fqn, p, len(shape)) for p in value.placements)
-    place = meshes.place(value.device_mesh)
+    mesh = value.device_mesh
+    place = meshes.place(mesh)
     if place.outside:
         raise refusal(
             fqn,
@@ -62,7 +63,11 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
             "tensors a rank holds does not follow from the placements",
             "store the inner tensors, or give the class the _Checkpointable methods",
         )
-    reading = _read(fqn, shape, tuple(local.shape), placements, place)
+    local_shape = tuple(local.shape)
+    key = (id(mesh), shape, local_shape, placements)
+    reading: _Reading | None = meshes.readings.get(key)
+    if reading is None:
+        reading = meshes.readings[key] = _read(fqn, shape, local_shape, placements, place)
     memory = plain_memory(fqn, local, for_load=for_load) if reading.part.boxes else local
     return [
         TensorValue(
