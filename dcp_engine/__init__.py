@@ -18,7 +18,16 @@ from dcp_engine.default_planner import (
     create_default_local_load_plan,
     create_default_local_save_plan,
 )
-from dcp_engine.engine import Engine, async_save, default_engine, load, read_extra, save
+from dcp_engine.engine import (
+    Engine,
+    async_save,
+    default_engine,
+    latest,
+    load,
+    read_extra,
+    save,
+    verify,
+)
 from dcp_engine.engine import open_checkpoint as open
 from dcp_engine.errors import (
     CheckpointError,
@@ -37,7 +46,9 @@ from dcp_engine.errors import (
     UsageError,
 )
 from dcp_engine.loader import LoadReport
+from dcp_engine.loader.latest import Latest, PassedOver
 from dcp_engine.loader.random_access import Checkpoint, LazyObject, LazyTensor
+from dcp_engine.loader.verify import VerifyReport
 from dcp_engine.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -153,6 +164,7 @@ __all__ = [
     "FsspecReader",
     "FsspecWriter",
     "InvalidPlanError",
+    "Latest",
     "LazyObject",
     "LazyTensor",
     "LoadItemType",
@@ -163,6 +175,7 @@ __all__ = [
     "Metadata",
     "MetadataIndex",
     "NotFoundError",
+    "PassedOver",
     "PerRank",
     "Progress",
     "RankInfo",
@@ -190,6 +203,7 @@ __all__ = [
     "UnsupportedStateError",
     "UnsupportedVersionError",
     "UsageError",
+    "VerifyReport",
     "WorkerRequest",
     "WorkerResponse",
     "WriteItem",
@@ -204,6 +218,7 @@ __all__ = [
     "create_default_local_save_plan",
     "default_engine",
     "install_staging_hook",
+    "latest",
     "load",
     "make_async_checkpointer",
     "make_sync_checkpointer",
@@ -212,6 +227,7 @@ __all__ = [
     "read_extra",
     "register_barrier",
     "save",
+    "verify",
 ]
 
 _LAZY = {

@@ -26,10 +26,12 @@ from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Session
 from dcp_engine.coordination.open_session import open_session
 from dcp_engine.coordination.single import SingleSession
+from dcp_engine.engine.lookup import agree_on_latest
 from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
 from dcp_engine.format.names import is_save_id, new_save_id
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.loader.options import LOAD_PHASES, SHARED_READS, PerRankPolicy, SharedReads
+from dcp_engine.loader.verify import VerifyLevel
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry
@@ -273,6 +275,8 @@ class Engine:
         per_rank: PerRankPolicy = "error",
         allow_pickle: bool = False,
         shared_reads: SharedReads = "auto",
+        latest_in: CheckpointId = None,
+        verify: VerifyLevel = "manifest",
     ) -> LoadReport:
         """See :func:`dcp_engine.load`."""
         if shared_reads not in SHARED_READS:
@@ -280,11 +284,24 @@ class Engine:
                 f"shared_reads is {shared_reads!r}",
                 hint=f"it is one of {', '.join(map(repr, SHARED_READS))}",
             )
+        deadlines = self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES)
+        found = None
+        if latest_in is not None:
+            if checkpoint_id is not None or storage_reader is not None:
+                raise UsageError("latest_in finds the checkpoint: name no other beside it")
+            found = agree_on_latest(
+                self._session_for(no_dist, deadlines.timeout),
+                self._registry,
+                latest_in,
+                verify=verify,
+                deadlines=deadlines,
+                coordinator_rank=coordinator_rank,
+            )
+            checkpoint_id = found.checkpoint
         reader = storage_reader
         if reader is None:
             reader = self._registry.reader(_required(checkpoint_id, "storage_reader"))
-        deadlines = self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES)
-        return load(
+        report = load(
             self._session_for(no_dist, deadlines.timeout, checkpoint_id),
             state_dict,
             checkpoint_id=_text(checkpoint_id),
@@ -299,6 +316,7 @@ class Engine:
                 shared_reads=shared_reads,
             ),
         )
+        return report if found is None else replace(report, latest=found)
 
     def clear_plan_cache(self) -> None:
         """Forget the plans of earlier saves; the next save plans anew, on all ranks."""

@@ -12,14 +12,14 @@ from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_engine.async_saver.saver import LowMemory
 from dcp_engine.engine.default import default_engine
 from dcp_engine.engine.engine import CheckpointId, Timeout
-from dcp_engine.errors import StorageError
+from dcp_engine.engine.lookup import open_place
 from dcp_engine.loader import LoadReport
 from dcp_engine.loader.options import PerRankPolicy, SharedReads
 from dcp_engine.loader.random_access import Checkpoint
+from dcp_engine.loader.verify import VerifyLevel
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
-from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planner import LoadPlanner, SavePlanner
-from dcp_engine.registry import open_reader
+from dcp_engine.registry import BackendRegistry
 from dcp_engine.saver.options import ExtraContent
 from dcp_engine.staging.stagers import AsyncStager
 from dcp_engine.storage import StorageReader, StorageWriter
@@ -198,6 +198,8 @@ def load(
     per_rank: PerRankPolicy = "error",
     allow_pickle: bool = False,
     shared_reads: SharedReads = "auto",
+    latest_in: CheckpointId = None,
+    verify: VerifyLevel = "manifest",
 ) -> LoadReport:
     """Load a checkpoint into ``state_dict``; every rank of the group calls this.
 
@@ -212,8 +214,8 @@ def load(
         storage_reader: where from; by default the registered backend of ``checkpoint_id``.
         planner: what to read; ``DefaultLoadPlanner()`` by default.
         process_group, no_dist, timeout, stall_timeout, coordinator_rank: as in ``save``.
-        phase_timeouts: seconds by phase: ``metadata``, ``manifest``, ``plan``, ``share``,
-            ``read``, ``restore``.
+        phase_timeouts: seconds by phase: ``latest``, ``metadata``, ``manifest``, ``plan``,
+            ``share``, ``read``, ``restore``.
         per_rank: what to do with ``PerRank`` values saved at another world size: ``"error"``,
             ``"skip"`` (keep what is there), or ``"list"`` (put a list of all ranks' values). Those
             that were the same on all ranks (as of a single rank they are) are read as if they
@@ -224,6 +226,11 @@ def load(
             and verifies them and hands them on, so that the job reads what it needs about once;
             ``"direct"``: every rank reads for itself; ``"auto"``: once where the medium is not
             local to one host that all ranks run on, else direct. The same on all ranks.
+        latest_in: load the newest checkpoint below this directory that is whole, instead of a
+            named one: one rank looks for it, all load it, and the report says what was passed
+            over and why. See ``latest``.
+        verify: how closely ``latest_in`` looks: ``"manifest"``, or ``"full"``: every byte is read
+            and compared with its digest before the load begins.
 
     Returns:
         What was read, missing and not asked for.
@@ -245,6 +252,8 @@ def load(
         per_rank=per_rank,
         allow_pickle=allow_pickle,
         shared_reads=shared_reads,
+        latest_in=latest_in,
+        verify=verify,
     )
 
 
@@ -263,7 +272,7 @@ def open_checkpoint(checkpoint: str | os.PathLike[str], **options: Any) -> Check
         NotFoundError: there is no committed checkpoint.
         DamagedCheckpointError: its manifest is not what was written.
     """
-    return Checkpoint(_columnar_reader(checkpoint, options), checkpoint)
+    return open_place(BackendRegistry(), checkpoint, options)
 
 
 def read_extra(checkpoint: str | os.PathLike[str], name: str) -> bytes:
@@ -273,23 +282,5 @@ def read_extra(checkpoint: str | os.PathLike[str], name: str) -> bytes:
         NotFoundError: no checkpoint there, or no such extra file.
         DamagedCheckpointError: the file is not what was written.
     """
-    reader = _columnar_reader(checkpoint, {})
-    manifest, _ = reader.open_checkpoint(None)
-    try:
-        return reader.read_extra(manifest, name)
-    finally:
-        reader.close_checkpoint()
-
-
-def _columnar_reader(
-    checkpoint: str | os.PathLike[str], options: Mapping[str, Any]
-) -> ColumnarReader:
-    reader = open_reader(checkpoint, **options)
-    if not isinstance(reader, ColumnarReader):
-        raise StorageError(
-            f"{type(reader).__name__} does not read dcp_engine's format",
-            kind="unsupported_storage",
-            checkpoint=checkpoint,
-            hint="load it with dcp_engine.load",
-        )
-    return reader
+    with open_place(BackendRegistry(), checkpoint, {}) as opened:
+        return opened.read_extra(name)

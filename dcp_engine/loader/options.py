@@ -9,7 +9,7 @@ from dcp_engine.coordination.interface import Deadlines
 
 __all__ = ["LOAD_PHASES", "SHARED_READS", "LoadOptions", "PerRankPolicy", "SharedReads"]
 
-LOAD_PHASES = ("metadata", "manifest", "plan", "share", "read", "restore")
+LOAD_PHASES = ("latest", "metadata", "manifest", "plan", "share", "read", "restore")
 """What ``phase_timeouts`` may name."""
 
 PerRankPolicy = Literal["error", "skip", "list"]

@@ -83,6 +83,10 @@ class LazyObject:
         you trust."""
         return self._checkpoint._load_object(self._stored, allow_pickle)
 
+    def encoded(self) -> bytes:
+        """The stored bytes, verified and not decoded."""
+        return self._checkpoint._read_object(self._stored)
+
     def __repr__(self) -> str:
         return f"LazyObject({self.name!r})"
 
@@ -140,6 +144,16 @@ class Checkpoint(Mapping[str, LazyTensor | LazyObject]):
         if not found:
             raise KeyError(name)
         return dict(sorted(found.items()))
+
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        """Names of the caller's extra files."""
+        return tuple(entry.name.removeprefix("extra/") for entry in self._manifest.extra_files)
+
+    def read_extra(self, name: str) -> bytes:
+        """The content of an extra file, verified."""
+        self._refuse_if_closed()
+        return self._reader.read_extra(self._manifest, name)
 
     def mmap(self, name: str) -> torch.Tensor:
         """A copy-on-write map of a tensor that is stored as one chunk in a local file. Its bytes
@@ -219,10 +233,13 @@ class Checkpoint(Mapping[str, LazyTensor | LazyObject]):
                 result.copy_(target[tuple(slice(None, None, step) for step in steps)])
         return result.reshape(selection.shape)
 
-    def _load_object(self, stored: StoredObject, allow_pickle: bool) -> object:
+    def _read_object(self, stored: StoredObject) -> bytes:
         self._refuse_if_closed()
+        return self._reader.read_object(self._manifest, stored)
+
+    def _load_object(self, stored: StoredObject, allow_pickle: bool) -> object:
         return decode_object(
-            self._reader.read_object(self._manifest, stored),
+            self._read_object(stored),
             stored.pickled,
             fqn=stored.name,
             checkpoint=self._reader.checkpoint,

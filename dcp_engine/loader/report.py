@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dcp_engine.loader.latest import Latest
+
 __all__ = ["LoadReport"]
 
 
@@ -13,6 +15,8 @@ class LoadReport:
 
     save_id: str | None
     """Which save was read (None where a reader of another origin does not say)."""
+    latest: Latest | None = None
+    """Which checkpoint ``latest_in`` led to, and what it passed over."""
     missing: tuple[str, ...] = ()
     """Keys of the state dict that the checkpoint does not hold (partial loads only)."""
     skipped: tuple[str, ...] = ()

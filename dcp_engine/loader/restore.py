@@ -1,7 +1,7 @@
 """The two ends of a load that both ways share: memory before it, foreign code after it.
 
-Belongs here: what happens to the caller's values besides filling tensors, and closing the reader. Does not belong here:
-where values lie in the state dict (``destination``).
+Belongs here: what happens to the caller's values besides filling tensors, and closing the reader.
+Does not belong here: where values lie in the state dict (``destination``).
 """
 
 from __future__ import annotations
