@@ -193,6 +193,7 @@ class ShardedReader(ColumnarReader):
         if stored.inline is not None:
             return stored.inline
         files = self._opened(manifest)
+        files.header(stored.file)  # compares the file's size, before memory is taken
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
         wanted = Wanted(
             name=stored.name,

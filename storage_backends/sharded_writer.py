@@ -220,9 +220,7 @@ class ShardedWriter(ColumnarWriter):
 
         return load
 
-    def find_commit(
-        self, checkpoint_id: CheckpointId | None, save_id: str
-    ) -> CommitRecord | None:
+    def find_commit(self, checkpoint_id: CheckpointId | None, save_id: str) -> CommitRecord | None:
         where = self._checkpoint_id if checkpoint_id is None else checkpoint_id
         if where is None:
             return None

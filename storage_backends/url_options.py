@@ -17,6 +17,7 @@ from storage_backends.secrets import is_secret_name
 
 __all__ = ["split_query"]
 
+_MAX_DIGITS = 1000
 _QUERY_IS_ADDRESS = frozenset({"http", "https"})
 """Schemes whose query belongs to the resource: a signed URL, for example."""
 
@@ -49,11 +50,15 @@ def _value(name: str, text: str, url: str) -> Any:
     if lower == "none":
         return None
     if text.isascii() and text.removeprefix("-").isdigit():
+        if len(text) > _MAX_DIGITS:
+            raise UsageError(
+                f"the number of option {name!r} has {len(text)} digits", checkpoint=url
+            )
         return int(text)
     if text.startswith(("{", "[")):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(
                 f"the value of option {name!r} begins like JSON, but is none", checkpoint=url
             ) from None

@@ -36,8 +36,8 @@ from dcp_engine.async_saver.messages import (
 )
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.async_saver.snapshot import ColumnSnapshot, StateSnapshot
-from dcp_engine.async_saver.verdict_of_death import settle_dead_worker
-from dcp_engine.errors import CoordinationError
+from dcp_engine.async_saver.verdict_of_death import failure_of, settle_dead_worker
+from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.executors.process import WorkerError, WorkerProcess, WorkerSettings, dumps
 from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.metadata import Metadata
@@ -185,10 +185,13 @@ class ProcessSaver:
                 job, error, save_id=news.save_id, committing=news.phase == "commit"
             )
             return _metadata(request.writer, job.checkpoint_id, record)
-        except BaseException:
+        except BaseException as error:
             if news.phase == "join":
                 self._give_up_worker()  # a thread of it may still wait for the group
-            raise
+            if isinstance(error, CheckpointException):
+                raise
+            # What a worker was interrupted or ended by is no interrupt of this process.
+            raise failure_of(job, error) from error
         self._generation = max(self._generation, answer.generation)
         if answer.record is not None:
             return _metadata(request.writer, job.checkpoint_id, answer.record)

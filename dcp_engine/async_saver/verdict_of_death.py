@@ -9,8 +9,9 @@ from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.coordination.failures import capture, exception_of
 from dcp_engine.errors import CheckpointError, CheckpointException
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord
+from dcp_engine.saver.save import checkpoint_name
 
-__all__ = ["settle_dead_worker"]
+__all__ = ["failure_of", "settle_dead_worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def settle_dead_worker(
         logger.warning("the other ranks could not be told of the worker's end", exc_info=True)
         raise _in_doubt(job, error) from error
     if outcome == "abort" or not save_id:
-        raise _failure(job, error) from error
+        raise failure_of(job, error) from error
     alone = outcome is None
     others_commit = not alone and job.session.rank != coordinator
     deadline = time.monotonic() + (_COMMIT_PATIENCE if others_commit else 0.0)
@@ -54,7 +55,7 @@ def settle_dead_worker(
     known = isinstance(job.writer, ColumnarWriter) or not committing
     if others_commit or not known:
         raise _in_doubt(job, error) from error
-    raise _failure(job, error) from error
+    raise failure_of(job, error) from error
 
 
 def _find(job: SaveJob, save_id: str) -> CommitRecord | None:
@@ -68,22 +69,23 @@ def _find(job: SaveJob, save_id: str) -> CommitRecord | None:
         return None
 
 
-def _failure(job: SaveJob, error: CheckpointError) -> CheckpointException:
+def failure_of(job: SaveJob, error: BaseException) -> CheckpointException:
+    """What the caller gets for ``error`` of this rank's worker."""
     rank = job.session.rank
     return exception_of(
         [capture(rank, error)],
         doing="save by the worker process",
-        checkpoint=job.checkpoint_id or "",
+        checkpoint=checkpoint_name(job.checkpoint_id, job.writer),
         local=(rank, error),
     )
 
 
 def _in_doubt(job: SaveJob, error: CheckpointError) -> CheckpointException:
-    failure = _failure(job, error)
+    failure = failure_of(job, error)
     return CheckpointException(
         f"whether save {job.number} was committed is not known: {error.message}",
         failure.failures,
         kind="commit_in_doubt",
-        checkpoint=job.checkpoint_id,
+        checkpoint=checkpoint_name(job.checkpoint_id, job.writer),
         hint="nothing was deleted; the next save, load or prune decides by the manifest",
     )

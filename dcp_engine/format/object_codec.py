@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,7 @@ def decode_object(
 
 
 def _unpickle(data: bytes, allow_pickle: bool) -> object:
+    _check_archive(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -90,6 +92,23 @@ def _unpickle(data: bytes, allow_pickle: bool) -> object:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
     except Exception as error:
         raise _damaged(error) from error
+
+
+def _check_archive(data: bytes) -> None:
+    """``torch.save`` stores the records of its archive as they are. One that is compressed, or
+    records that share their bytes, could unpack to any size."""
+    if not data.startswith(b"PK"):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+    except Exception as error:
+        raise _damaged(error) from error
+    if sum(record.file_size for record in records) > len(data):
+        raise DamagedCheckpointError(
+            "the pickled object is an archive that unpacks to more than its size",
+            kind="object_invalid",
+        )
 
 
 def _damaged(error: Exception) -> DamagedCheckpointError:

@@ -8,8 +8,8 @@ proportion to the bytes it is given.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ _PACKED_INTS: dict[type, bytes] = {list: b"I", tuple: b"J"}
 _PACKED_FLOATS: dict[type, bytes] = {list: b"D", tuple: b"G"}
 _MIN_PACKED = 8
 """Shorter sequences are written value by value."""
+_MAX_EQUAL_HASHES = 100
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -149,18 +150,28 @@ def _decode(reader: Reader, depth: int) -> object:
         count = reader.count()
         if tag in _SEQUENCES:
             items = [_decode(reader, depth + 1) for _ in range(count)]
+            if tag in _HASHED:
+                _check_hashes(items)
             value = _SEQUENCES[tag](items)
             if len(value) != count:
                 raise invalid("a set holds an element twice")
             return value
-        mapping = _MAPPINGS[tag]()
-        for _ in range(count):
-            key = _decode(reader, depth + 1)
-            mapping[key] = _decode(reader, depth + 1)
+        pairs = [(_decode(reader, depth + 1), _decode(reader, depth + 1)) for _ in range(count)]
+        _check_hashes([key for key, _ in pairs])
+        mapping = _MAPPINGS[tag](pairs)
         if len(mapping) != count:
             raise invalid("a dict holds a key twice")
         return mapping
     return tagged_types.decode(tag, reader)
+
+
+def _check_hashes(keys: Collection[object]) -> None:
+    """Numbers can be chosen so that their hashes are equal; n of them would take n**2 comparisons
+    to put into a set. What was saved took as long then, and so does not hold many."""
+    if len(keys) <= _MAX_EQUAL_HASHES:
+        return
+    if max(Counter(map(hash, keys)).values()) > _MAX_EQUAL_HASHES:
+        raise invalid(f"more than {_MAX_EQUAL_HASHES} keys have one hash")
 
 
 def _decode_int(reader: Reader) -> int:
@@ -196,4 +207,8 @@ _SEQUENCES: dict[bytes, Callable[[list[object]], Any]] = {
     b"e": set,
     b"z": frozenset,
 }
-_MAPPINGS: dict[bytes, Callable[[], dict[object, object]]] = {b"m": dict, b"o": OrderedDict}
+_HASHED = frozenset((b"e", b"z"))
+_MAPPINGS: dict[bytes, Callable[[list[tuple[object, object]]], dict[object, object]]] = {
+    b"m": dict,
+    b"o": OrderedDict,
+}

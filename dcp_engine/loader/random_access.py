@@ -6,6 +6,7 @@ belong here: what an index means (``slicing``) and reading bytes (the reader).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from dcp_engine.error_context import located
-from dcp_engine.errors import StorageError, UsageError
+from dcp_engine.errors import StagingError, StorageError, UsageError
 from dcp_engine.format.manifest import Manifest, StoredObject, StoredTensor
 from dcp_engine.format.object_codec import decode_object
 from dcp_engine.loader.slicing import Selection, select
@@ -212,7 +213,18 @@ class Checkpoint(Mapping[str, LazyTensor | LazyObject]):
 
     def _read(self, stored: StoredTensor, selection: Selection) -> torch.Tensor:
         self._refuse_if_closed()
-        result = torch.empty(selection.counts, dtype=stored.dtype)
+        chunks = stored.chunks  # checked before memory is taken
+        try:
+            result = torch.empty(selection.counts, dtype=stored.dtype)
+        except RuntimeError as error:
+            for row in np.unique(chunks.file).tolist():
+                self._reader.local_data_file(self._manifest, row)  # is it as long as it is said?
+            raise StagingError(
+                f"there is no memory for {math.prod(selection.counts)} elements: {error}",
+                checkpoint=self._reader.checkpoint,
+                tensor=stored.name,
+                hint="read a part of it",
+            ) from error
         if result.numel():
             extents = selection.extents
             stepped = any(step > 1 for step in selection.steps[1:])

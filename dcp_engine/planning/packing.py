@@ -23,6 +23,8 @@ I64 = npt.NDArray[np.int64]
 _TYPES = tuple(np.dtype(t) for t in ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<i8"))
 _LIMITS = tuple((int(np.iinfo(t).min), int(np.iinfo(t).max)) for t in _TYPES)
 _MAX_BYTES = 1 << 31
+"""Of a table, and of one message's arrays once each value takes eight bytes: what a small message
+may make of itself."""
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True):
@@ -69,6 +71,8 @@ def unpack(packed: Packed, expected: int) -> list[I64]:
         if code >> 1 >= len(_TYPES) or count < 0:
             raise malformed(f"an array of type {code} and length {count}")
         total += _TYPES[code >> 1].itemsize * count
+    if sum(packed.counts) * 8 > _MAX_BYTES:
+        raise malformed(f"{sum(packed.counts)} numbers announced")
     data = inflate(packed.data, total)
     if len(data) != total:
         raise malformed(f"{len(data)} bytes of arrays where {total} were announced")
@@ -84,7 +88,8 @@ def unpack(packed: Packed, expected: int) -> list[I64]:
 
 def inflate(data: bytes, limit: int) -> bytes:
     """Decompress at most ``limit`` bytes; more than that is malformed."""
-    if limit > _MAX_BYTES:
+    # A limit below 0 would be none at all to zlib.
+    if not 0 <= limit <= _MAX_BYTES:
         raise malformed(f"{limit} bytes announced")
     engine = zlib.decompressobj()
     try:

@@ -44,6 +44,7 @@ __all__ = [
 
 VERSION = 1
 _MAX_DIMS = 64
+_MAX_OWNER = (1 << 31) - 1
 _LOCAL_LEVEL = 9
 """Each rank compresses its own plan, so a better level costs the coordinator nothing."""
 _ASSIGNMENT_LEVEL = 1
@@ -137,6 +138,8 @@ def decode_local_plans(messages: Sequence[bytes]) -> list[LocalPlan]:
         except msgspec.MsgspecError as error:
             raise malformed(str(error)) from error
         _check_version(frame.version)
+        if not NO_OWNER <= frame.owner <= _MAX_OWNER:
+            raise malformed(f"the owner of its values is rank {frame.owner}")
         shared = tables.get(frame.table)
         if shared is None:
             shared = tables[frame.table] = _decode_table(frame)
@@ -206,7 +209,11 @@ def decode_assignment(data: bytes, local: LocalPlan) -> RankAssignment:
     sizes = chunks.sizes.take(source, axis=0)
     within[parts] = part_within.reshape(len(parts), dims)
     sizes[parts] = part_sizes.reshape(len(parts), dims)
-    if not all_rows((within >= 0) & (within + sizes <= chunks.sizes.take(source, axis=0))).all():
+    whole = chunks.sizes.take(source, axis=0)
+    # Compared with what is left rather than added up: the sum of two wrong numbers could wrap.
+    if not all_rows(
+        (within >= 0) & (within < whole) & (sizes >= 1) & (sizes <= whole - within)
+    ).all():
         raise malformed("an assigned box lies outside this rank's tensor")
     rows = chunks.tensor.take(source)
     nbytes = row_products(sizes) * item_sizes(local.tensors.dtypes).take(rows)

@@ -98,7 +98,7 @@ def test_deadlines_that_pass(tmp_path: Path) -> None:
 def test_phases_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(dcp.UsageError, match="wriet"):
         dcp.save(STATE, checkpoint_id=tmp_path, phase_timeouts={"wriet": 1.0})
-    with pytest.raises(dcp.UsageError, match="Its phases are metadata, manifest"):
+    with pytest.raises(dcp.UsageError, match="Its phases are latest, metadata, manifest"):
         dcp.load(target(), checkpoint_id=tmp_path, phase_timeouts={"write": 1.0})
 
 
