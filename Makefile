@@ -58,8 +58,9 @@ unit: venv
 multirank: venv
 	$(BIN)/python -m pytest -m 'multirank and not torture' $(PYTEST_ARGS)
 
+# Long tests: no dump of stacks after two minutes, which can crash a process that runs on.
 torture: venv
-	$(BIN)/python -m pytest -m torture --timeout=14400 -s $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m torture --timeout=14400 -o faulthandler_timeout=0 -s $(PYTEST_ARGS)
 
 # The S3 endpoint of the tests comes with the environment; sshd is a package of the system. Not a
 # part of `make test`: a developer's machine is not to get a server without being asked.

@@ -58,6 +58,7 @@ class CheckpointFiles:
         self.verify_digests = verify_digests
         self._adopted = adopted
         self._lock = threading.RLock()
+        self._data_is_here = False
         self._tables: dict[int, DigestTable] = {}
         self._headers: dict[int, EntryColumns] = {}
         self._header_data: dict[int, bytes] = {}
@@ -127,6 +128,19 @@ class CheckpointFiles:
             checkpoint=self.store.url,
             hint="load again, when nobody saves to this place",
         ) from error
+
+    def require_data(self) -> None:
+        """Refuse a manifest that lies here without the data it was written for, as one copied from
+        another checkpoint does. For reads that the manifest alone can answer: all others find
+        out by themselves. Looks once, and not where a file has been read."""
+        with self._lock:
+            if self._data_is_here or self._tables or self._headers:
+                return
+        for entry in self.manifest.digest_files[:1]:
+            with self.reading(entry.name):
+                self._compare_size(entry.name, entry.size)
+        with self._lock:
+            self._data_is_here = True
 
     def prefetch(self, rows: Iterable[int], *, threads: int, check: Check) -> None:
         """Read headers and digests of data files ``rows`` side by side, if the store is one whose

@@ -190,9 +190,10 @@ class ShardedReader(ColumnarReader):
         return self._opened(manifest).local_path(row)
 
     def read_object(self, manifest: Manifest, stored: StoredObject) -> bytes:
-        if stored.inline is not None:
-            return stored.inline
         files = self._opened(manifest)
+        if stored.inline is not None:
+            files.require_data()
+            return stored.inline
         files.header(stored.file)  # compares the file's size, before memory is taken
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
         wanted = Wanted(

@@ -18,6 +18,7 @@ from msgspec import structs
 
 from dcp_engine.errors import DamagedCheckpointError, InvalidPlanError, NotFoundError
 from dcp_engine.format.lazy_maps import LazyMap
+from dcp_engine.format.names import rank_manifest_name
 from dcp_engine.format.nesting import Nesting, merge_nestings
 from dcp_engine.format.stored import Manifest, StoredChunks, StoredObject, StoredTensor
 
@@ -90,7 +91,9 @@ def _check_complete(manifests: Sequence[Manifest]) -> list[Manifest]:
         if manifest.rank is None or manifest.token is None:
             raise DamagedCheckpointError("a manifest is not one rank's of several")
         if by_rank.setdefault(manifest.rank, manifest) is not manifest:
-            raise DamagedCheckpointError(f"rank {manifest.rank} has two manifests")
+            raise DamagedCheckpointError(
+                f"rank {manifest.rank} has two manifests", file=rank_manifest_name(manifest.rank)
+            )
     ordered = [by_rank[rank] for rank in sorted(by_rank)]
     first = ordered[0]
     world_size = max(m.world_size for m in ordered)

@@ -50,7 +50,7 @@ def _in_place(name: str, content: bytes, *, every: bool) -> Iterator[Change]:
         for bit in range(8) if every else (at % 8,):
             flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
             yield _one("flipped bit", name, flipped, f"{at}.{bit}")
-        if content[at] and (every or at % 5 == 0):
+        if content[at] and (every or at % 2 == 0):
             zeroed = content[:at] + b"\0" + content[at + 1 :]
             yield _one("zeroed byte", name, zeroed, f"{at}")
     for begin in range(0, size, REGION):
@@ -69,15 +69,15 @@ def _one(kind: str, name: str, content: bytes, where: str) -> Change:
 
 
 def _positions(name: str, content: bytes) -> list[int]:
-    """Text: every third byte; digests: every second; data: header, padding and each region."""
+    """Text: every eighth byte; digests: every fifth; data: header, padding and each region."""
     size = len(content)
     if is_data(name):
         start = 8 + int.from_bytes(content[:8], "little")
         text = content.rindex(b"}", 0, start) + 1
-        found = {*range(0, text, 3), *range(text, start, REGION), start - 1}
-        found |= {*range(start, size, 199), size - 1}
+        found = {*range(0, text, 7), *range(text, start, REGION), start - 1}
+        found |= {*range(start, size, 311), size - 1}
         return sorted(found)
-    return sorted({*range(0, size, 2 if name.endswith(".digests") else 3), size - 1})
+    return sorted({*range(0, size, 5 if name.endswith(".digests") else 8), size - 1})
 
 
 def _lengths(size: int) -> list[int]:

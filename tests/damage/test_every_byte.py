@@ -71,9 +71,9 @@ def try_all(sample: Sample, store: Place, tried: Iterable[Change]) -> Counter[tu
     """Make each change, read in every way, undo it. Counts by kind, reading and outcome."""
     counts: Counter[tuple[str, ...]] = Counter()
     files = contents(store)
-    for change in tried:
+    for number, change in enumerate(tried):
         write(store, dict(change.files))
-        for label, reading in READINGS.items():
+        for label, reading in readings_of(change, number):
             for attempt in reading(store, sample):
                 at = (change.kind, change.where, label)
                 try:
@@ -85,7 +85,7 @@ def try_all(sample: Sample, store: Place, tried: Iterable[Change]) -> Counter[tu
                     assert right, (*at, "silently wrong")
                     outcome = "without effect"
                     if label in ("full load", "full verification"):
-                        assert is_harmless(change), (*at, "not noticed")
+                        assert is_harmless(change, sample), (*at, "not noticed")
                 counts[change.kind, label, outcome] += 1
         write(store, {name: files[name] for name in change.files})
     for reading in READINGS.values():
@@ -93,10 +93,22 @@ def try_all(sample: Sample, store: Place, tried: Iterable[Change]) -> Counter[tu
     return counts
 
 
-def is_harmless(change: Change) -> bool:
+def readings_of(change: Change, number: int) -> list[tuple[str, Reading]]:
+    """A full load always; of the other ways all for changes that are few, else in turn."""
+    first, *others = READINGS.items()
+    if change.kind in ("flipped bit", "zeroed byte", "truncated"):
+        # Shifted now and then, or each way would see the same bit of every byte.
+        return [first, others[(number + number // 9) % len(others)]]
+    return [first, *others]
+
+
+def is_harmless(change: Change, sample: Sample) -> bool:
     """Whether a change may go unnoticed where everything is read: that of the owner record, which
     serves clean-up alone; manifests of ranks that bear each other's names, for each says whose it
-    is."""
+    is; and what higher ranks of a save without collectives wrote although a lower one did."""
+    spare = "/rank00001-00.safetensors"
+    if not sample.use_collectives and all(name.endswith(spare) for name in change.files):
+        return change.kind in ("flipped bit", "zeroed byte", "zeroed region")
     if all(name.endswith(f"/{OWNER_NAME}") for name in change.files):
         return True
     return change.kind == "exchanged" and all(name.startswith("manifest-") for name in change.files)

@@ -331,8 +331,13 @@ def survived(cases: list[Case], root: str) -> list[dict[str, Any]]:
             _save(on, place, value)
             _load(on, place)
             _warm_up(on, cases[0], place, value)
+        sockets = _resources()["socket"]
         for number, case in enumerate(cases):
             before = _resources()
+            if case.site.operation in _EXECUTORS:
+                # What failed at the call is told to the others while the next operation runs,
+                # over a second connection, which the session keeps.
+                before["socket"] = max(before["socket"], sockets + 1)
             report = _struck(on, case, place, value, f"{root}/control-{number}")
             dist.barrier()
             report.update(_aftermath(on, place, value + 2))

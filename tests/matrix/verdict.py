@@ -78,6 +78,8 @@ def _of_verdict(case: Case, report: Report, struck: list[int], first: list[int])
     named = first if site.first and _is_harmless(case) else struck
     if _store_died(case, struck) and not _is_harmless(case):
         named = []
+    if _all_are_late(case) and set(report["ranks"]) < set(named) and report["ranks"]:
+        named = report["ranks"]  # the first to say so stopped the others
     if report["ranks"] != named:
         yield f"named {report['ranks']}, not {named}: {text}"
     if report["kind"] not in (kinds := _kinds(case, struck)):
@@ -106,10 +108,15 @@ def _may_raise(case: Case, raised: str, struck: bool) -> bool:
     # Alone there is nobody who would not wait for a commit that is late; and of a manifest that
     # has its name it does not matter what the store said.
     late = case.world_size == 1 and case.fault == "hang" and site.commit == "decided"
-    # Nobody is late where all begin late.
-    late |= case.fault == "hang" and site.outside and len(case.ranks) == case.world_size
+    late |= _all_are_late(case)  # and then nobody is
     took_place = site.method == "replace" and case.when == "after"
     return late or (took_place and case.fault in ("exception", "unpicklable"))
+
+
+def _all_are_late(case: Case) -> bool:
+    """All ranks hang where none of them waits for another."""
+    apart = case.site.outside or case.site.phase == "closing"
+    return case.fault == "hang" and apart and len(case.ranks) == case.world_size
 
 
 def _store_died(case: Case, struck: list[int]) -> bool:
@@ -118,6 +125,8 @@ def _store_died(case: Case, struck: list[int]) -> bool:
 
 def _kinds(case: Case, struck: list[int]) -> set[str]:
     kinds = {"commit_in_doubt"} if case.site.commit == "decided" else set()
+    if _store_died(case, struck):
+        kinds.add("commit_in_doubt")
     if (case.site.first and _is_harmless(case)) or case.fault in RAISING:
         return kinds | RAISED
     if case.fault == "hang":
@@ -125,7 +134,7 @@ def _kinds(case: Case, struck: list[int]) -> set[str]:
     if not case.dies:
         return kinds | {"worker_died"}
     if _store_died(case, struck):
-        return kinds | {"store_lost", "commit_in_doubt"}
+        return kinds | {"store_lost"}
     return kinds | {"timeout" if case.site.outside else "stalled"}
 
 
@@ -139,6 +148,8 @@ def _of_all(
     survivors = [seen for seen in during if seen is not None]
     before = survivors[0]["value"] if survivors else 1.0
     allowed = [OLD] if case.site.operation == "load" else _content(case)
+    if case.site.operation != "load" and _all_are_late(case):
+        allowed = [OLD, NEW]
     values = [[value - before for value in seen["then"]] for seen in afterwards]
     if not all(value == values[0] and value in [[a] for a in allowed] for value in values):
         yield f"loads {values} afterwards, not {allowed}"
