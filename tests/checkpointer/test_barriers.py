@@ -20,12 +20,7 @@ from dcp_engine.checkpointer import (
     register_barrier,
 )
 from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return int(sock.getsockname()[1])
+from tests.ports import free_port
 
 
 def tcp_args(port: int, **changes: Any) -> dict[str, Any]:

@@ -33,8 +33,9 @@ from dcp_engine.checkpointer import (
 from dcp_engine.checkpointer.staging import StagedStateDict
 from dcp_engine.errors import CheckpointException, UnsupportedStateError, UsageError
 from tests.checkpointer import children
-from tests.checkpointer.test_barriers import free_port, tcp_args
+from tests.checkpointer.test_barriers import tcp_args
 from tests.checkpointer.test_process import CONFIG
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from dcp_engine.checkpointer import (
 )
 from dcp_engine.checkpointer.builder import default_subprocess_init_fn, default_writer_init_fn
 from dcp_engine.errors import CheckpointException, UnsupportedStateError
-from tests.checkpointer.test_barriers import free_port, tcp_args
+from tests.checkpointer.test_barriers import tcp_args
 from tests.checkpointer.test_process import CONFIG
+from tests.ports import free_port
 
 Outcome = BaseException | None
 

@@ -27,7 +27,8 @@ from dcp_engine.errors import (
     UnsafeContentError,
     UsageError,
 )
-from tests.checkpointer.test_barriers import free_port, on_ranks, tcp_args
+from tests.checkpointer.test_barriers import on_ranks, tcp_args
+from tests.ports import free_port
 
 ALONE = RankInfo(0, 1)
 

@@ -21,7 +21,8 @@ from dcp_engine.checkpointer.own_leaves import MarkedState, is_shared
 from dcp_engine.checkpointer.sessions import WriteTurn
 from dcp_engine.errors import CheckpointException, StorageError, UsageError
 from dcp_engine.registry import BackendRegistry
-from tests.checkpointer.test_barriers import free_port, on_ranks, tcp_args
+from tests.checkpointer.test_barriers import on_ranks, tcp_args
+from tests.ports import free_port
 
 ALONE = RankInfo(0, 1)
 FAST = CheckpointWriterConfig(write_barrier_timeout_secs=20, stall_timeout_secs=10)

@@ -17,6 +17,7 @@ __all__ = ["FAULTS", "OPERATIONS", "RAISING", "Case", "full_matrix", "sample"]
 
 FAULTS = ("exception", "unpicklable", "keyboard", "exit", "own base", "hang", "kill")
 RAISING = FAULTS[:5]
+ONE_BY_ONE = ("exception", "keyboard", "own base")
 OPERATIONS = ("save", "load", "async thread", "async process")
 
 
@@ -104,8 +105,10 @@ def _cells(site: Site) -> Iterable[Case]:
 def sample(cases: Iterable[Case]) -> list[Case]:
     """Cells such that all pairs of properties that occur in ``cases`` together occur in them.
 
-    Calls that hang or kill are told apart by the phase in which they do, not one by one: what the
-    other ranks see is silence in either case, and each costs seconds.
+    Every call meets the faults of ``ONE_BY_ONE``. With the others calls are told apart by the phase
+    of the operation only: a hang or a death is silence for the other ranks, wherever it comes from,
+    and each costs seconds; what cannot be pickled goes the way of an exception, and ``SystemExit``
+    that of ``KeyboardInterrupt``.
     """
     # Of cells that are as good, what costs least is taken: the first.
     cost = {"hang": 1, "kill": 2}
@@ -114,12 +117,13 @@ def sample(cases: Iterable[Case]) -> list[Case]:
 
 def _properties(case: Case) -> Mapping[str, object]:
     site = case.site
-    phase = f"{site.operation}/{site.path} {site.subject == 'store'} {site.phase}"
+    phase = f"{site.operation}/{site.path} {site.phase}"
     return {
-        "call": site.label if case.fault in RAISING else phase,
+        "call": site.label if case.fault in ONE_BY_ONE else phase,
         "fault": case.fault,
         "when": case.when,
         "subset": case.subset,
-        "place": (case.world_size, case.coordinator),
+        "world_size": case.world_size,
+        "chief": case.coordinator == 0,
         "host": case.host,
     }

@@ -353,6 +353,7 @@ def killed(case: Case, root: str) -> dict[str, Any]:
     with _engine() as on:
         _save(on, place, 1.0)
         _warm_up(on, case, place, 1.0)
+        dist.barrier()  # nobody dies, and takes the store along, before all have heard of that
         before = _resources()
         report = _struck(on, case, place, 1.0, f"{root}/control-0")
         report["left over"] = _left_over(before)

@@ -29,7 +29,7 @@ from tests.multirank.pool import RankPool, RanksFailed
 
 __all__ = ["Findings", "run_cases"]
 
-LANES = 4
+LANES = 6
 """Groups of ranks that run cases at the same time: most of a case is waiting for a deadline."""
 BATCH = 12
 """Cases over one process group, where none of its ranks dies."""

@@ -29,8 +29,9 @@ from dcp_engine.checkpointer import (
 )
 from dcp_engine.errors import CheckpointException
 from tests.checkpointer import children
-from tests.checkpointer.test_barriers import free_port, tcp_args
+from tests.checkpointer.test_barriers import tcp_args
 from tests.multirank import states
+from tests.ports import free_port
 
 pytestmark = pytest.mark.multirank
 

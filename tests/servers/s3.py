@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from tests.servers.process import answers, free_port, server
+from tests.ports import free_port
+from tests.servers.process import answers, server
 
 KEY = "AKIATESTTESTTESTTEST"
 SECRET = "a-secret-that-nobody-may-see"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.servers.process import answers, free_port, server
+from tests.ports import free_port
+from tests.servers.process import answers, server
 
 _CONFIG = """\
 Port {port}
