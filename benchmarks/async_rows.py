@@ -44,7 +44,7 @@ def measure_rank(disk: str, nbytes: int, rounds: int, saves: int) -> dict[str, A
     result: dict[str, Any] = {"bytes": state_bytes(state)}
     result["first"] = _first_calls(state, disk)
     result["steady"] = _steady(state, tensors, copies, disk, rounds)
-    result["training"] = _training(state, disk, max(3, rounds // 2))
+    result["training"], result["training lost"] = _training(state, disk, max(3, rounds))
     result["memory"] = _memory(disk, saves)
     return result
 
@@ -181,9 +181,12 @@ def _blocked(way: AsyncWay, state: dict[str, Any], path: str) -> tuple[float, Fu
     return time.perf_counter() - begin, response
 
 
-def _training(state: dict[str, Any], disk: str, rounds: int) -> dict[str, float]:
+def _training(
+    state: dict[str, Any], disk: str, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Per way: iterations of a training loop a second while a save is in flight, as a share of
-    those without one."""
+    those without one; and seconds of training that are lost by that, since a save that takes less
+    time may be dearer while it lasts."""
     ways: list[AsyncWay] = [
         OursAsync("thread"),
         OursAsync("process"),
@@ -192,6 +195,7 @@ def _training(state: dict[str, Any], disk: str, rounds: int) -> dict[str, float]
     ]
     step = _training_step()
     shares: dict[str, list[float]] = {way.name: [] for way in ways}
+    lost: dict[str, list[float]] = {way.name: [] for way in ways}
     rank = dist.get_rank()
     for number in range(-1, rounds):
         for way in ways:
@@ -199,7 +203,9 @@ def _training(state: dict[str, Any], disk: str, rounds: int) -> dict[str, float]
             dist.barrier()
             path = f"{disk}/training"
             response = way.begin(state, path)
+            begin = time.perf_counter()
             beside = _rate(step, lambda _, r=response: r.done())  # type: ignore[misc]
+            seconds = time.perf_counter() - begin
             response.result()
             dist.barrier()
             if rank == 0:
@@ -207,10 +213,15 @@ def _training(state: dict[str, Any], disk: str, rounds: int) -> dict[str, float]
             dist.barrier()
             if number >= 0:
                 shares[way.name].append(beside / alone)
+                lost[way.name].append((1 - beside / alone) * seconds)
     for way in ways:
         dist.barrier()
         way.close()
-    return {name: statistics.median(values) for name, values in shares.items()}
+    return _medians(shares), _medians(lost)
+
+
+def _medians(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in values.items()}
 
 
 def _training_step() -> Callable[[], None]:

@@ -56,8 +56,12 @@ def main(options: argparse.Namespace) -> int:
         for target in _targets(worst):
             missed = missed or not target.passed
             print(target.line(), flush=True)
+        lost = worst["training lost"]
         for way, share in worst["training"].items():
-            print(f"training beside {way}: {share:.2f} of its speed alone")
+            print(
+                f"training beside {way}: {share:.2f} of its speed alone while the save is in "
+                f"flight, {1000 * lost[way]:.0f} ms lost a save"
+            )
         print(f"DCP, first save by a process: {worst['first']['DCP, first save']:.2f} s")
     write_json(options.json, content)
     print(f"\nall numbers: {options.json}")
@@ -67,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
 def _worst(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The slowest rank's figures: the larger of each, of shares of speed the smaller."""
     result: dict[str, Any] = {}
-    for part in ("steady", "first", "memory"):
+    for part in ("steady", "first", "memory", "training lost"):
         result[part] = _merged([rank[part] for rank in found], max)
     result["training"] = _merged([rank["training"] for rank in found], min)
     return result
@@ -96,8 +100,8 @@ def _table(steady: dict[str, dict[str, float]]) -> str:
 
 
 def _targets(found: dict[str, Any]) -> list[Target]:
-    steady, first, memory, training = (
-        found[part] for part in ("steady", "first", "memory", "training")
+    steady, first, memory, training, lost = (
+        found[part] for part in ("steady", "first", "memory", "training", "training lost")
     )
     targets = []
     for kind in ("thread", "process"):
@@ -112,9 +116,14 @@ def _targets(found: dict[str, Any]) -> list[Target]:
                 "ms",
             ),
             _at_most(
-                f"{kind}: slowdown of training, of DCP's",
+                f"{kind}: slowdown of training while a save is in flight, of DCP's",
                 _slowdown(training[f"ours, {kind}"])
                 / _slowdown(training[f"DCP, {kind}, kept stager"]),
+                1.0,
+            ),
+            _at_most(
+                f"{kind}: training time lost by a save, of DCP's",
+                max(lost[f"ours, {kind}"], 0.001) / max(lost[f"DCP, {kind}, kept stager"], 0.001),
                 1.0,
             ),
         ]

@@ -29,9 +29,10 @@ class Rhythm:
 
     @classmethod
     def for_world(cls, world_size: int) -> Rhythm:
-        """At most 500 heartbeats a second in the whole job; and at least 0.5 s apart, so that a
-        failure is seen everywhere within a second."""
-        return cls(interval=max(0.5, world_size / 500))
+        """At most 450 heartbeats a second in the whole job (with what else is said, some 500
+        operations of the store); and at least 0.5 s apart. Up to 450 ranks a failure is seen
+        everywhere within a second."""
+        return cls(interval=max(0.5, world_size / 450))
 
     @property
     def slack(self) -> float:

@@ -66,6 +66,24 @@ def test_failures_in_decide(how: str, coordinator: int) -> None:
         assert result["after"] == b"0|1|2"
         if rank != coordinator:
             assert result["ranks"] == [coordinator]
+        if result["type"] == "CheckpointException":
+            assert 'in phase "commit"' in result["text"], "all ranks say where it failed"
+
+
+@pytest.mark.parametrize("failing", [[], [0], [1], [0, 1]])
+def test_nothing_is_written_after_the_keys_are_removed(failing: list[int]) -> None:
+    """Heartbeats, ticks and looks are always due here, behind the last of an operation too."""
+    store = MemoryStore()
+    prefixes: list[str] = []
+    meet = threading.Barrier(2).wait
+
+    def fn(session: StoreSession) -> None:
+        prefixes.append(session.prefix())
+        cases.fail_in_local(session, failing, "plain", 0, meet)
+
+    run(2, fn, Rhythm(interval=0.0, grace=10.0, idle_poll=0.0), store=store)
+    left = store.keys()
+    assert [key for key in left if key.startswith(prefixes[0])] == []
 
 
 def test_the_first_cause_is_first_and_interruptions_are_no_failures() -> None:
@@ -259,8 +277,8 @@ def test_ranks_with_another_world_size_are_told_apart() -> None:
 def test_the_load_on_the_store_is_bounded_at_any_size() -> None:
     for world_size in (2, 100, 250, 1000, 10_000):
         rhythm = Rhythm.for_world(world_size)
-        assert world_size / rhythm.interval <= 500
-        assert rhythm.interval <= max(1.0, world_size / 500)
+        assert world_size / rhythm.interval <= 450 * (1 + 1e-9)
+        assert rhythm.interval <= max(1.0, world_size / 450)
 
 
 def test_an_exception_of_the_callers_own_reaches_the_others() -> None:

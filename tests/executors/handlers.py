@@ -76,6 +76,13 @@ def _no_stack() -> Any:
     return traceback.StackSummary.from_list([])
 
 
+def _autogroup() -> str | None:
+    enabled = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    if not enabled.exists() or enabled.read_text().strip() != "1":
+        return None
+    return Path("/proc/self/autogroup").read_text()
+
+
 def _io_priority() -> int | None:
     number = {"x86_64": 252, "aarch64": 31}.get(platform.machine())
     return None if number is None else ctypes.CDLL(None).syscall(ctypes.c_long(number), 1, 0)
@@ -106,6 +113,7 @@ class Tools:
             "init": self.init.decode(),
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
             "io": _io_priority(),
+            "autogroup": _autogroup(),
             "session": os.getsid(0),
             "comm": Path("/proc/self/comm").read_text().strip(),
             "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"),

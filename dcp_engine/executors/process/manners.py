@@ -23,6 +23,8 @@ _OF_THIS_PROCESS = 1
 _IDLE_CLASS = 3 << 13
 _LOWEST_PRIORITY = (2 << 13) | 7
 _LOOK_S = 0.5
+_AUTOGROUP = Path("/proc/self/autogroup")
+_MAX_NICE = 19
 
 
 def be_polite(nice: int, idle_io: bool) -> None:
@@ -32,8 +34,21 @@ def be_polite(nice: int, idle_io: bool) -> None:
         os.nice(nice)
     except OSError as error:
         logger.debug("the worker keeps its nice value: %s", error)
+    _lower_autogroup(nice)
     if idle_io and not (_set_io_priority(_IDLE_CLASS) or _set_io_priority(_LOWEST_PRIORITY)):
         logger.debug("the worker keeps its priority for input and output")
+
+
+def _lower_autogroup(nice: int) -> None:
+    """Linux may give each session an equal share of the processors, whatever its processes' nice
+    values are (sched_autogroup_enabled); then the session has one too (sched(7)). The worker leads
+    a session of its own, in which nobody else is slowed."""
+    if os.getsid(0) != os.getpid():
+        return
+    try:
+        _AUTOGROUP.write_text(str(min(nice, _MAX_NICE)))
+    except OSError as error:
+        logger.debug("the worker's session keeps its nice value: %s", error)
 
 
 def _set_io_priority(value: int) -> bool:
