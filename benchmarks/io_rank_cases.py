@@ -12,6 +12,7 @@ from dataclasses import replace
 from benchmarks.io_case import FLOOR, Case, Setting, Wanted
 from benchmarks.io_columns import default_threads, drop_cache, remove
 from benchmarks.io_ranks import Outcome, Ranks
+from benchmarks.io_state import WIDTH
 from benchmarks.measure import Column, Measured, measure
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "REPLICAS",
     "ROWS_OF_1",
     "ROWS_OF_4",
+    "WIDE_COLUMNS",
     "cold_name",
     "save_name",
     "several_ranks",
@@ -29,6 +31,7 @@ __all__ = [
 ROWS_OF_4 = "load resharded, warm, rows of 2 to rows of 4"
 ROWS_OF_1 = "load resharded, warm, rows of 4 to 1"
 COLUMNS_OF_2 = "load resharded, warm, rows of 2 to columns of 2"
+WIDE_COLUMNS = f"load resharded, warm, rows of 2 to columns of 2, {WIDTH:,} wide"
 GRID = "load resharded, warm, rows of 2 to 2 x 2"
 REPLICAS = "load, warm, rows of 2 to 4 replicas"
 READ_RATIO = "bytes read / needed"
@@ -63,6 +66,12 @@ def several_ranks(setting: Setting, wanted: Wanted) -> Iterator[Case]:
             for path in paths.values():
                 remove(path)
     yield from _resharded_from_2(setting, wanted)
+    if wanted(WIDE_COLUMNS):
+        saved = _save_rows(2, setting, layout="wide rows")
+        with Ranks(2, setting.size, threads=1) as two:
+            yield _resharded(WIDE_COLUMNS, "wide columns", two, setting, saved)
+        for path in saved.values():
+            remove(path)
     if wanted(ROWS_OF_1):
         saved = _save_rows(4, setting)
         with Ranks(1, setting.size, threads=default_threads()) as one:
@@ -88,11 +97,11 @@ def _resharded_from_2(setting: Setting, wanted: Wanted) -> Iterator[Case]:
         remove(path)
 
 
-def _save_rows(world: int, setting: Setting) -> dict[str, str]:
+def _save_rows(world: int, setting: Setting, *, layout: str = "rows") -> dict[str, str]:
     saved = {way: f"{setting.memory}/rows of {world}, {way}" for way in ("ours", "DCP")}
     with Ranks(world, setting.size, threads=1) as ranks:
         for way, path in saved.items():
-            ranks.run("rows", way, "save", path)
+            ranks.run(layout, way, "save", path)
     return saved
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,11 +24,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from benchmarks.io_columns import Dcp, Ours, Raw, Way
-from benchmarks.io_state import model_shapes, model_state, state_bytes
+from benchmarks.io_state import model_shapes, model_state, state_bytes, wide_shapes
 
 __all__ = ["LAYOUTS", "Outcome", "Ranks", "sharded_state"]
 
-LAYOUTS = ("rows", "columns", "2-D", "replicated")
+_distributed: Any = dist
+"""The store classes, which torch's type stubs do not export."""
+LAYOUTS = ("rows", "columns", "2-D", "replicated", "wide rows", "wide columns")
+"""How the state is sharded; "wide": the one of ``wide_shapes``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,18 @@ class Ranks:
     def __init__(self, world_size: int, nbytes: int, threads: int) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
-        self._directory = tempfile.TemporaryDirectory()
-        rendezvous = f"{self._directory.name}/rendezvous"
+        # In none of the ranks, as torchrun's agent has it. A store in a file would do, but that
+        # whoever waits for a key there looks again every 10 ms only.
+        self._store = _distributed.TCPStore(
+            "127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False
+        )
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world_size, rendezvous, nbytes, threads, there),
+                args=(rank, world_size, self._store.port, nbytes, threads, there),
                 daemon=True,
             )
             process.start()
@@ -99,19 +104,17 @@ class Ranks:
             process.join(20)
             if process.is_alive():
                 process.kill()
-        self._directory.cleanup()
 
 
 def _serve(
-    rank: int, world_size: int, rendezvous: str, nbytes: int, threads: int, pipe: Connection
+    rank: int, world_size: int, port: int, nbytes: int, threads: int, pipe: Connection
 ) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-    )
+    store = _distributed.TCPStore("127.0.0.1", port, world_size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     states: dict[str, dict[str, Any]] = {}
     while True:
         try:
@@ -173,6 +176,8 @@ def sharded_state(layout: str, nbytes: int, world_size: int) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (world_size // 2, 2))
     else:
         mesh = init_device_mesh("cpu", (world_size,))
+    kind = layout.removeprefix("wide ")
+    shapes = model_shapes(nbytes) if kind == layout else wide_shapes(nbytes)
     state: dict[str, Any] = {}
     for copy, parameters in model_state(1 << 16).items():
         if copy == "trainer":
@@ -180,13 +185,13 @@ def sharded_state(layout: str, nbytes: int, world_size: int) -> dict[str, Any]:
             continue
         dtype = next(iter(parameters.values())).dtype
         state[copy] = {}
-        for name, shape in model_shapes(nbytes).items():
+        for name, shape in shapes.items():
             placements: list[Any] = [Shard(0)] * mesh.ndim
-            if layout == "columns" and len(shape) == 2:
+            if kind == "columns" and len(shape) == 2:
                 placements = [Shard(1)]
-            elif layout == "2-D" and mesh.ndim == 2:
+            elif kind == "2-D" and mesh.ndim == 2:
                 placements = [Shard(0), Shard(1) if len(shape) == 2 else Replicate()]
-            elif layout == "replicated":
+            elif kind == "replicated":
                 placements = [Replicate()]
             local = list(shape)
             for dim, placement in enumerate(placements):

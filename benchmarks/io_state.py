@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["many_small", "model_shapes", "model_state", "state_bytes", "tensors_of"]
+__all__ = [
+    "WIDTH",
+    "many_small",
+    "model_shapes",
+    "model_state",
+    "state_bytes",
+    "tensors_of",
+    "wide_shapes",
+]
 
 _BYTES_PER_PARAMETER = 2 + 3 * 4
 """bf16 weights; fp32 master weights, exp_avg and exp_avg_sq."""
 _BLOCKS = 10
+WIDTH = 4096
+"""Elements of a row in ``wide_shapes``."""
 _COPIES = (
     ("model", torch.bfloat16),
     ("master", torch.float32),
@@ -40,6 +50,15 @@ def model_shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.{part}"] = (hidden,)
     shapes["norm"] = (hidden,)
     return shapes
+
+
+def wide_shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
+    """Parameters whose state takes about ``nbytes``, with rows as wide as those of a model of seven
+    billion parameters; few, since each takes 235 MB."""
+    square = (WIDTH, WIDTH)
+    count = max(1, nbytes // (_BYTES_PER_PARAMETER * WIDTH * WIDTH))
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{at}.wq": square for at in range(count)}
+    return {**shapes, "norm": (WIDTH,)}
 
 
 def model_state(nbytes: int, seed: int = 0) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from benchmarks.io_rank_cases import (
     REPLICAS,
     ROWS_OF_1,
     ROWS_OF_4,
+    WIDE_COLUMNS,
     cold_name,
     save_name,
 )
@@ -48,6 +49,7 @@ OF_FLOOR: tuple[tuple[str, str, float], ...] = (
     (ROWS_OF_4, "ours", 0.5),
     (ROWS_OF_1, "ours", 0.5),
     (COLUMNS_OF_2, "ours", 0.3),
+    (WIDE_COLUMNS, "ours", 0.3),
 )
 """Case, column, the least share of the raw floor's speed."""
 
@@ -67,6 +69,7 @@ BYTES_READ: Mapping[str, Mapping[str, float]] = {
     ROWS_OF_4: ROWS,
     ROWS_OF_1: ROWS,
     COLUMNS_OF_2: BLOCKS,
+    WIDE_COLUMNS: BLOCKS,
     GRID: BLOCKS,
     REPLICAS: {"ours, once": 1.1},
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class ThrottledFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has 
     def _strip_protocol(cls, path: str) -> str:
         return "/" + os.fspath(path).removeprefix("throttled://").strip("/")
 
-    async def _request(self, nbytes: int) -> None:
+    async def _request(self, read: Callable[[], bytes] = bytes) -> bytes:
         if self._limit is None:
             self._limit = asyncio.Semaphore(self._streams)
         async with self._limit:
@@ -52,7 +54,11 @@ class ThrottledFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has 
             self._active += 1
             self.peak_streams = max(self.peak_streams, self._active)
             try:
-                await asyncio.sleep(self._latency + nbytes / self._bandwidth)
+                begin = time.monotonic()
+                data = read()  # within the time that a stream takes, not on top of it
+                moment = begin + self._latency + len(data) / self._bandwidth
+                await asyncio.sleep(max(0.0, moment - time.monotonic()))
+                return data
             finally:
                 self._active -= 1
 
@@ -63,20 +69,22 @@ class ThrottledFileSystem(AsyncFileSystem):  # type: ignore[misc]  # fsspec has 
         begin = start or 0
         stop = min(os.path.getsize(file), end if end is not None else 1 << 62)
         wanted = max(0, stop - begin)
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            data = os.pread(descriptor, wanted, begin)
-        finally:
-            os.close(descriptor)
-        await self._request(wanted)
-        return data
+
+        def read() -> bytes:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                return os.pread(descriptor, wanted, begin)
+            finally:
+                os.close(descriptor)
+
+        return await self._request(read)
 
     async def _info(self, path: str, **_options: Any) -> dict[str, Any]:
-        await self._request(0)
+        await self._request()
         return _entry(Path(self._strip_protocol(path)))
 
     async def _ls(self, path: str, detail: bool = True, **_options: Any) -> list[Any]:
-        await self._request(0)
+        await self._request()
         entries = [_entry(child) for child in Path(self._strip_protocol(path)).iterdir()]
         return entries if detail else [entry["name"] for entry in entries]
 

@@ -29,7 +29,8 @@ class WatchedEngine(Engine):
         session = open_session(None)
         if not isinstance(session, StoreSession):
             raise RuntimeError("this job has no store")
-        self._session = self._watched = session
+        self._sessions.use(session)
+        self._watched = session
         self._planning = self._describing = 0.0
         self._before = session.counters
         begin = session.begin

@@ -170,7 +170,7 @@ class ColumnarWriter(StorageWriter):
         self, checkpoint_id: str | os.PathLike[str] | None, save_id: str
     ) -> CommitRecord | None:
         """The record of save ``save_id`` if that is the checkpoint there now, for whoever does not
-        know whether it was committed."""
+        know whether it was committed; durably, when this returns."""
         return None
 
     @abc.abstractmethod

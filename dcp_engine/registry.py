@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
-from dcp_engine.errors import StorageError, UsageError
+from dcp_engine.errors import CheckpointError, StorageError, UsageError
 from dcp_engine.storage import ByteStore, StorageReader, StorageWriter
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "EXTRAS",
     "Backend",
     "BackendRegistry",
+    "Unavailable",
     "is_chained",
     "open_reader",
     "open_writer",
@@ -88,6 +89,14 @@ def is_chained(checkpoint_id: str | os.PathLike[str]) -> bool:
     return bool(links) and all(map(_LINK.fullmatch, [*links, last]))
 
 
+class Unavailable:
+    """Stands for a writer or a reader that could not be had, until the ranks are together: what
+    one of them lacks, all of them must hear of. Whoever is handed it raises ``error`` then."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        self.error = error
+
+
 class BackendRegistry:
     """The backends of this environment. Thread-safe; loads each backend once, when needed.
 
@@ -114,14 +123,25 @@ class BackendRegistry:
         """The backend for ``checkpoint_id``.
 
         Raises:
-            StorageError: ``unsupported_storage`` when none is installed, or it cannot be imported.
+            StorageError: ``unsupported_storage`` when none is installed, or it cannot be imported;
+                ``io_error`` when the environment could not be looked at.
             UsageError: two packages claim the scheme.
         """
         scheme = ANY_OTHER if is_chained(checkpoint_id) else scheme_of(checkpoint_id)
         with self._lock:
             backend = self._backends.get(scheme)
             if backend is None:
-                backend = self._load(scheme, checkpoint_id)
+                try:
+                    backend = self._load(scheme, checkpoint_id)
+                except CheckpointError:
+                    raise
+                except OSError as error:
+                    raise StorageError(
+                        f"no storage backend could be looked for: {error}",
+                        kind="io_error",
+                        checkpoint=checkpoint_id,
+                        hint="if there are too many open files, raise the limit (ulimit -n)",
+                    ) from error
                 self._backends[scheme] = backend
             return backend
 

@@ -101,6 +101,9 @@ class ByteStore(abc.ABC):
 
     random_write: bool
     """``ByteStoreFile.write`` takes any offset."""
+    concurrent_writes: bool = True
+    """Several threads that write one file are faster than one. If not, one writes it from begin to
+    end."""
     atomic_replace: bool
     """``replace`` exists: one name takes over another's content at once. Else ``put`` is how a
     small object appears at once."""

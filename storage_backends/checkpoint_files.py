@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
@@ -39,6 +39,8 @@ I64 = npt.NDArray[np.int64]
 
 HEADER_BYTES = 1 << 20
 """What is read of a header before it is known to be longer: most headers are not."""
+FETCH_BYTES = 64 << 20
+"""What is fetched of a digest file before it is known to be that long: the digests of 0.5 TB."""
 
 
 class CheckpointFiles:
@@ -61,8 +63,9 @@ class CheckpointFiles:
         self._data_is_here = False
         self._tables: dict[int, DigestTable] = {}
         self._headers: dict[int, EntryColumns] = {}
-        self._header_data: dict[int, bytes] = {}
-        """Headers that were read and not looked at yet."""
+        self._sizes: dict[str, int] = {}
+        self._begins: dict[str, bytes] = {}
+        """By file, what was fetched ahead and not looked at yet."""
 
     def path(self, name: str) -> str:
         """Name in the store of file ``name`` of the data directory."""
@@ -143,31 +146,51 @@ class CheckpointFiles:
             self._data_is_here = True
 
     def prefetch(self, rows: Iterable[int], *, threads: int, check: Check) -> None:
-        """Read headers and digests of data files ``rows`` side by side, if the store is one whose
-        requests are slow to begin: one after the other they would take longer than the data."""
+        """Read sizes, headers and digests of data files ``rows`` side by side, if the store is one
+        whose requests are slow to begin: one after the other they would take longer than the
+        data."""
         if self.store.preferred_read <= ByteStore.preferred_read:
             return
-        files = {row: self.manifest.data_files[row] for row in sorted(set(rows))}
-        jobs: list[Callable[[], None]] = []
+        files = [self.manifest.data_files[row] for row in sorted({*rows} - self._headers.keys())]
+        begins: dict[str, int] = {}
         # The tables first: of several errors the first one's counts.
         if self.verify_digests:
-            ranks = {file.rank for file in files.values()} - self._tables.keys()
-            jobs += [partial(self._keep_table, rank) for rank in sorted(ranks)]
-        missing = files.keys() - self._headers.keys()
-        jobs += [partial(self._keep_header_bytes, row) for row in sorted(missing)]
+            ranks = {file.rank for file in files} - self._tables.keys()
+            tables = [self.manifest.digest_file(rank) for rank in sorted(ranks)]
+            begins = {entry.name: min(entry.size, FETCH_BYTES) for entry in tables}
+        begins |= {file.name: _first_part(file) for file in files}
+        jobs = [partial(self._fetch_size, name) for name in begins]
+        jobs += [partial(self._fetch, name, 0, end) for name, end in begins.items()]
         run_jobs(jobs, lambda job, _: job(), threads=threads, check=check)
+        # What is longer than that is so by the sizes, which are known now.
+        rests = [
+            partial(self._fetch, file.name, begins[file.name], file.data_start)
+            for file in files
+            if begins[file.name] < file.data_start <= file.size == self._sizes[file.name]
+        ]
+        run_jobs(rests, lambda job, _: job(), threads=threads, check=check)
 
-    def _keep_table(self, rank: int) -> None:
-        table = self._read_table(rank)
+    def _fetch_size(self, name: str) -> None:
+        with self.reading(name):
+            size = self.store.size(self.path(name))
         with self._lock:
-            self._tables[rank] = table
+            self._sizes[name] = size
 
-    def _keep_header_bytes(self, row: int) -> None:
-        file = self.manifest.data_files[row]
-        with self.reading(file.name):
-            data = self._header_bytes(file)
+    def _fetch(self, name: str, begin: int, end: int) -> None:
+        with self.reading(name):
+            data = self._bytes(name, begin, end)
         with self._lock:
-            self._header_data[row] = data
+            self._begins[name] = self._begins.get(name, b"") + data
+
+    def _bytes(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes ``begin`` to ``end`` of file ``name``, as far as they were not fetched ahead."""
+        with self._lock:
+            ahead = self._begins.get(name, b"")[begin:end]
+        memory = bytearray(end - begin - len(ahead))
+        if memory:
+            where = self.path(name)
+            self.store.read(where, [ReadRange(begin + len(ahead), memoryview(memory))])
+        return ahead + memory
 
     def table(self, rank: int) -> DigestTable:
         """The digests of ``rank``'s files, themselves checked against the manifest."""
@@ -199,17 +222,20 @@ class CheckpointFiles:
 
     def _read_checked(self, name: str, size: int, xxh3_128: str, what: str) -> bytes:
         self._compare_size(name, size)
-        data = bytearray(size)
-        if size:
-            self.store.read(self.path(name), [ReadRange(0, memoryview(data))])
+        data = self._bytes(name, 0, size)
+        with self._lock:
+            self._begins.pop(name, None)
         if xxh3_128_hex(data) != xxh3_128:
             raise DamagedCheckpointError(
                 f"the {what} is not what was written", kind="digest_mismatch"
             )
-        return bytes(data)
+        return data
 
     def _compare_size(self, name: str, size: int) -> None:
-        found = self.store.size(self.path(name))
+        with self._lock:
+            found = self._sizes.pop(name, None)
+        if found is None:
+            found = self.store.size(self.path(name))
         if found != size:
             raise DamagedCheckpointError(
                 f"the file has {found} bytes, and the manifest says {size}",
@@ -238,7 +264,7 @@ class CheckpointFiles:
         # The table first: it has an error of its own, and names a file of its own.
         table = self.table(file.rank) if self.verify_digests else None
         with self.reading(file.name):
-            data = self._header_data.pop(row, None) or self._header_bytes(file)
+            data = self._header_bytes(file)
             parsed = parse_header(data, file.size)
             if table is not None and digest_value(data) != table.header_digest(file.number):
                 raise DamagedCheckpointError(
@@ -249,16 +275,15 @@ class CheckpointFiles:
     def _header_bytes(self, file: DataFile) -> bytes:
         """The header's bytes, of a file that is as long as it should be."""
         self._compare_size(file.name, file.size)
-        first = bytearray(min(file.data_start, file.size, HEADER_BYTES))
-        self.store.read(self.path(file.name), [ReadRange(0, memoryview(first))])
-        if parse_data_start(bytes(first[:8]), file.size) != file.data_start:
+        first = self._bytes(file.name, 0, _first_part(file))
+        if parse_data_start(first[:8], file.size) != file.data_start:
             raise DamagedCheckpointError(
                 "the header is not as long as the manifest says", kind="header_mismatch"
             )
-        rest = bytearray(file.data_start - len(first))
-        if rest:
-            self.store.read(self.path(file.name), [ReadRange(len(first), memoryview(rest))])
-        return bytes(first + rest)
+        data = first + self._bytes(file.name, len(first), file.data_start)
+        with self._lock:
+            self._begins.pop(file.name, None)
+        return data
 
     def compare_entries(
         self,
@@ -333,6 +358,11 @@ class CheckpointFiles:
                 with self.reading(entry.name):
                     return self._read_checked(entry.name, entry.size, entry.xxh3_128, "extra file")
         return None
+
+
+def _first_part(file: DataFile) -> int:
+    """Bytes of the header that are read before it is known to be longer."""
+    return min(file.data_start, file.size, HEADER_BYTES)
 
 
 def _some_bytes(columns: EntryColumns) -> EntryColumns:

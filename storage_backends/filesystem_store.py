@@ -33,8 +33,9 @@ from storage_backends.directory_entries import (
 from storage_backends.names import split_name
 from storage_backends.os_errors import storage_error, storage_errors
 from storage_backends.vectored_io import (
-    adjacent,
+    WRITE_BACK_BYTES,
     pread_all,
+    pread_ranges,
     pwrite_all,
     start_write_back,
 )
@@ -74,6 +75,7 @@ class FileSystemStore(ByteStore):
     """
 
     random_write = True
+    concurrent_writes = False  # the kernel's lock of a file lets one in at a time
     atomic_replace = True
     create_if_absent = True
     shared_between_processes = True
@@ -212,7 +214,7 @@ class FileSystemStore(ByteStore):
             self._parent(name) as (directory, last),
         ):
             descriptor = os.open(last, _NEW_FILE, 0o666, dir_fd=directory)
-        return _FileSystemFile(self, name, descriptor)
+        return _FileSystemFile(self, name, descriptor, size)
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         with (
@@ -294,8 +296,7 @@ class FileSystemStore(ByteStore):
 
     def _read_ranges(self, descriptor: int, name: str, ranges: Sequence[ReadRange]) -> None:
         try:
-            for offset, buffers in adjacent(ranges):
-                pread_all(descriptor, buffers, offset)
+            pread_ranges(descriptor, ranges)
         except EOFError as error:
             raise EOFError(f"{self.url}/{name}: {error}") from error
 
@@ -381,9 +382,12 @@ class FileSystemStore(ByteStore):
 class _FileSystemFile(ByteStoreFile):
     """A file being written under its final name (which no reader knows before the commit)."""
 
-    def __init__(self, store: FileSystemStore, name: str, descriptor: int) -> None:
+    def __init__(
+        self, store: FileSystemStore, name: str, descriptor: int, size: int | None
+    ) -> None:
         self._store = store
         self._name = name
+        self._size = size
         self._descriptor: int | None = descriptor
         self._lock = threading.Lock()
         # One write at a time: the kernel's own lock of a file lets no more in, and threads that
@@ -403,7 +407,10 @@ class _FileSystemFile(ByteStoreFile):
             with self._writing:
                 pwrite_all(descriptor, buffers, offset)
             if self._store.durable_sync:
-                start_write_back(descriptor, offset, sum(buffer.nbytes for buffer in buffers))
+                nbytes = sum(buffer.nbytes for buffer in buffers)
+                # A small file's bytes too, when they are all there: it may be synced after others.
+                if nbytes >= WRITE_BACK_BYTES or offset + nbytes == self._size:
+                    start_write_back(descriptor, offset, nbytes)
 
     def sync(self) -> None:
         if not self._store.durable_sync:

@@ -19,7 +19,7 @@ from dcp_engine.registry import scheme_of
 from dcp_engine.storage import ByteStore, StorageReader, StorageWriter
 from storage_backends.filesystem_store import FileSystemStore
 from storage_backends.fsspec_open import known_protocols, open_filesystems, require_known
-from storage_backends.fsspec_store import FsspecByteStore, Limits
+from storage_backends.fsspec_store import READERS, FsspecByteStore, Limits
 from storage_backends.retry import RetryPolicy
 from storage_backends.sharded_backend import ShardedBackend
 from storage_backends.sharded_reader import ShardedReader
@@ -37,9 +37,6 @@ __all__ = [
 ]
 
 CheckpointId = str | os.PathLike[str]
-
-DEFAULT_THREADS = 8
-"""Threads that read for one rank: they wait for a network, not for a processor."""
 
 _LIMITS = frozenset({"streams", "part_bytes", "request_bytes", "max_inflight_bytes", "retries"})
 _FORMAT = (ShardedWriter.OPTIONS | ShardedReader.OPTIONS) - _LIMITS
@@ -65,8 +62,10 @@ def open_fsspec_store(
         fs: a file system object to use instead of opening one.
         streams: requests at a time; None: by the kind of file system, 16 for an object store.
         part_bytes: bytes of one request that writes; None: 16 MiB, for SFTP 8 MiB.
-        request_bytes: most bytes of one request that reads; None: 8 MiB.
-        max_inflight_bytes: bound of what is held of files being written.
+        request_bytes: most bytes of one request that reads; None: 16 MiB, for file servers 8 MiB,
+            and less where ``max_inflight_bytes`` is less than ``streams`` times that.
+        max_inflight_bytes: bound of what is held of files being written, and of what is held of
+            answers.
         retries: how often a request that failed is made again, or a ``RetryPolicy``.
         **storage_options: what the file system is opened with: as ``fsspec.core.url_to_fs`` takes
             them, also by protocol for chained URLs.
@@ -189,11 +188,12 @@ class FsspecReader(ShardedReader):
 
     Args:
         path: what to read, unless a load says otherwise: a URL as fsspec takes it.
-        thread_count: threads that read for one rank, each of which has several requests on its
-            way; None: 8.
+        thread_count: how many reads are under way for one rank, each of which makes an eighth of
+            ``streams`` requests at once; None: 8.
         verify_digests: False skips the digests of tensor data: damage goes unnoticed.
-        max_inflight_bytes: bound of the memory a load holds beside its destination; lowers
-            ``thread_count`` where it must.
+        max_inflight_bytes: bound of the memory a load holds beside its destination: half of it
+            for answers, half for what threads work on. Lowers ``request_bytes`` (unless it is
+            given) and ``thread_count`` where it must.
         fs, streams, request_bytes, retries, **storage_options: see ``open_fsspec_store``.
     """
 
@@ -216,13 +216,14 @@ class FsspecReader(ShardedReader):
                 fs=fs,
                 streams=streams,
                 request_bytes=request_bytes,
+                max_inflight_bytes=max(max_inflight_bytes // 2, 1),
                 retries=retries,
                 **storage_options,
             ),
             path,
-            thread_count=DEFAULT_THREADS if thread_count is None else thread_count,
+            thread_count=READERS if thread_count is None else thread_count,
             verify_digests=verify_digests,
-            max_inflight_bytes=max_inflight_bytes,
+            max_inflight_bytes=max_inflight_bytes // 2,
         )
 
     @classmethod

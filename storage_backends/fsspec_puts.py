@@ -101,14 +101,15 @@ def tag_of(fs: Any, path: str) -> str:
 
 def put_over(fs: Any, path: str, data: bytes, tag: str) -> None:
     """Store an object over the one of ``tag``, or ``FileExistsError`` if that is not there now."""
-    if type(fs).__module__ == "s3fs.core":
-        put_s3_object(fs, path, data, tag=tag)
-        return
-    bucket, key = fs._split_path(path)
     try:
-        fs._construct_store(bucket).put(key, data, mode={"e_tag": tag})
+        if type(fs).__module__ == "s3fs.core":
+            put_s3_object(fs, path, data, tag=tag)
+        else:
+            bucket, key = fs._split_path(path)
+            fs._construct_store(bucket).put(key, data, mode={"e_tag": tag})
     except Exception as error:
-        if type(error).__name__ == "PreconditionError":
+        is_gone = isinstance(error, FileNotFoundError)
+        if is_gone or type(error).__name__ == "PreconditionError":
             raise FileExistsError(path) from error
         raise
 

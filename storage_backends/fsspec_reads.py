@@ -7,10 +7,10 @@ retries and errors (``fsspec_store``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any, NamedTuple
-
-from fsspec.asyn import sync
 
 from dcp_engine.storage import ReadRange
 from storage_backends.retry import Failure, classify
@@ -36,6 +36,9 @@ class Request(NamedTuple):
             target[:] = view[at : at + target.nbytes]
 
 
+_Answer = tuple[Request, bytes | BaseException]
+
+
 class ShortRead(ConnectionError):
     """A request brought fewer bytes than it asked for: the file is short, or a connection broke."""
 
@@ -47,66 +50,101 @@ def plan_requests(
     ranges: Sequence[ReadRange], *, request_bytes: int, max_gap: int
 ) -> list[Request]:
     """Requests of at most ``request_bytes`` that bring all ``ranges``. Ranges that are at most
-    ``max_gap`` bytes apart come in one."""
-    pieces = sorted(_pieces(ranges, request_bytes), key=lambda piece: piece[0])
+    ``max_gap`` bytes apart come in one; what is too long for one is divided evenly."""
     requests: list[Request] = []
-    for offset, view in pieces:
-        end = offset + view.nbytes
-        if requests:
-            last = requests[-1]
-            whole = max(end, last.end)
-            if offset - last.end <= max_gap and whole - last.begin <= request_bytes:
-                last.targets.append((offset, view))
-                requests[-1] = last._replace(end=whole)
-                continue
-        requests.append(Request(offset, end, [(offset, view)]))
+    for run in _runs(ranges, max_gap):
+        begin = run[0].offset
+        nbytes = max(item.offset + item.buffer.nbytes for item in run) - begin
+        count = -(-nbytes // request_bytes)
+        borders = [begin + nbytes * n // count for n in range(count + 1)]
+        targets: list[list[tuple[int, memoryview]]] = [[] for _ in range(count)]
+        for item in run:
+            at, end = item.offset, item.offset + item.buffer.nbytes
+            number = bisect_right(borders, at) - 1
+            while at < end:
+                stop = min(end, borders[number + 1])
+                view = item.buffer[at - item.offset : stop - item.offset]
+                targets[number].append((at, view))
+                at, number = stop, number + 1
+        requests += [_request(pieces) for pieces in targets if pieces]
     return requests
 
 
-def _pieces(ranges: Sequence[ReadRange], nbytes: int) -> Iterator[tuple[int, memoryview]]:
-    """The ranges, cut at multiples of ``nbytes`` so that neighbours can share a request."""
-    for item in ranges:
-        begin, end = item.offset, item.offset + item.buffer.nbytes
-        while begin < end:
-            stop = min(end, (begin // nbytes + 1) * nbytes)
-            yield begin, item.buffer[begin - item.offset : stop - item.offset]
-            begin = stop
+def _runs(ranges: Sequence[ReadRange], max_gap: int) -> Iterator[list[ReadRange]]:
+    """The ranges that hold bytes, sorted, those together that are near each other."""
+    run: list[ReadRange] = []
+    end = 0
+    for item in sorted(ranges, key=lambda item: item.offset):
+        if not item.buffer.nbytes:
+            continue
+        if run and item.offset - end > max_gap:
+            yield run
+            run = []
+        end = (
+            max(end, item.offset + item.buffer.nbytes) if run else item.offset + item.buffer.nbytes
+        )
+        run.append(item)
+    if run:
+        yield run
+
+
+def _request(targets: list[tuple[int, memoryview]]) -> Request:
+    begin = min(offset for offset, _ in targets)
+    return Request(begin, max(offset + view.nbytes for offset, view in targets), targets)
 
 
 def read_together(fs: Any, path: str, pending: list[Request], streams: asyncio.Semaphore) -> None:
-    """Make all requests of an asynchronous file system at once, as far as ``streams`` lets them.
+    """Make all requests of an asynchronous file system at once, as far as ``streams`` lets them;
+    each answer is held no longer than it takes to copy it.
 
     Those that are answered are taken out of ``pending``, also when others fail; of several
     failures the worst is raised.
     """
-    batch = list(pending)
-    answers = sync(fs.loop, _answers, fs, path, batch, streams)
+    answers: SimpleQueue[_Answer] = SimpleQueue()
+    asked = asyncio.run_coroutine_threadsafe(
+        _ask(fs, path, list(pending), streams, answers.put), fs.loop
+    )
     failed: list[Request] = []
     errors: list[BaseException] = []
-    for request, answer in zip(batch, answers, strict=True):
-        try:
-            if isinstance(answer, BaseException):
-                raise answer
-            request.deliver(answer)
-        except Exception as error:
-            failed.append(request)
-            errors.append(error)
+    try:
+        for _ in range(len(pending)):
+            request, answer = answers.get()
+            try:
+                if isinstance(answer, BaseException):
+                    raise answer
+                request.deliver(answer)
+            except Exception as error:
+                failed.append(request)
+                errors.append(error)
+    finally:
+        asked.cancel()
     pending[:] = failed
     if errors:
         raise _worst(errors)
 
 
-async def _answers(
-    fs: Any, path: str, requests: Sequence[Request], streams: asyncio.Semaphore
-) -> list[bytes | BaseException]:
+async def _ask(
+    fs: Any,
+    path: str,
+    requests: Sequence[Request],
+    streams: asyncio.Semaphore,
+    answer: Callable[[_Answer], None],
+) -> None:
     """As ``cat_ranges`` has it, but that several calls share the streams, and that a file system's
     own ``cat_ranges`` may join neighbours into one request, one stream (obstore's does)."""
 
-    async def one(request: Request) -> bytes:
-        async with streams:
-            return bytes(await fs._cat_file(path, start=request.begin, end=request.end))
+    async def one(request: Request) -> None:
+        try:
+            async with streams:
+                data = bytes(await fs._cat_file(path, start=request.begin, end=request.end))
+        except BaseException as error:
+            answer((request, error))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            answer((request, data))
 
-    return await asyncio.gather(*map(one, requests), return_exceptions=True)
+    await asyncio.gather(*map(one, requests))
 
 
 def _worst(errors: Sequence[BaseException]) -> BaseException:

@@ -18,6 +18,9 @@ __all__ = ["Limits", "Requests"]
 
 T = TypeVar("T")
 
+_MIN_REQUEST = 1 << 20
+"""Bytes of a request that reads, however little memory there is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -30,7 +33,8 @@ class Limits:
     request_bytes: int | None = None
     """Most bytes of one request that reads."""
     max_inflight_bytes: int = 256 << 20
-    """Bound of the parts of files being written that are held in memory."""
+    """Bound of what is held in memory of files being written, and of what is held of answers
+    unless ``request_bytes`` says more."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
@@ -43,8 +47,10 @@ class Requests:
         self.traits = traits
         self.url = filesystems.url
         self.streams = traits.streams if limits.streams is None else limits.streams
-        self.request_bytes = limits.request_bytes or traits.request_bytes
         self.max_inflight_bytes = limits.max_inflight_bytes
+        self.request_bytes = limits.request_bytes or max(
+            _MIN_REQUEST, min(traits.request_bytes, self.max_inflight_bytes // max(self.streams, 1))
+        )
         part_bytes = limits.part_bytes or traits.part_bytes
         if min(self.streams, self.request_bytes, part_bytes) < 1:
             raise UsageError("streams, part_bytes and request_bytes are positive numbers")

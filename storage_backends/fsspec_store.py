@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
+import sys
 import threading
 import time
 import uuid
@@ -54,6 +55,9 @@ __all__ = ["FsspecByteStore", "Limits"]
 
 T = TypeVar("T")
 
+READERS = 8
+"""Calls of ``read`` at a time that the store is made for; ``FsspecReader`` makes as many."""
+
 
 class FsspecByteStore(ByteStore):
     """A directory, or a key prefix, of a file system.
@@ -72,8 +76,10 @@ class FsspecByteStore(ByteStore):
         self._fs = filesystems
         self._requests = requests
         self._root = filesystems.path
-        # Several requests at once for each thread that reads.
-        self.preferred_read = 3 * requests.request_bytes
+        # All readers together have all streams at work, each with as many requests. They even out
+        # what they ask for, by up to a quarter: that must not make another request.
+        at_once = max(1, -(-requests.streams // READERS)) if filesystems.is_async else 3
+        self.preferred_read = at_once * requests.request_bytes * 4 // 5
         self.create_if_absent = creates_if_absent(filesystems.kind, filesystems.traits)
         self.replace_if_same = replaces_if_same(filesystems.kind)
         self.shared_between_processes = filesystems.traits.shared
@@ -216,10 +222,7 @@ class FsspecByteStore(ByteStore):
         def read(share: list[Request]) -> None:
             self._read(name, share, lambda rest: on(lambda fs: read_in_order(fs, path, rest))())
 
-        if len(shares) == 1:
-            read(shares[0])
-        else:
-            self._in_threads(read, shares)
+        self._in_threads(read, shares)
 
     def _in_threads(self, call: Callable[[T], None], arguments: Sequence[T]) -> None:
         """Raises the first failure, when no thread uses the caller's memory any more."""
@@ -230,15 +233,16 @@ class FsspecByteStore(ByteStore):
 
     def get(self, name: str, *, limit: int | None = None) -> bytes:
         # One request for all of it: what is replaced meanwhile stays one object.
-        size = self.size(name)
-        if limit is not None and size > limit:
-            raise ValueError(f"{name} holds {size} bytes, more than the {limit} expected at most")
         path = self._path(name)
+        most = sys.maxsize - 1 if limit is None else limit
+        bounded = self._requests.is_of("s3fs.core")
+        if limit is not None and not bounded:
+            _refuse_larger(name, self.size(name), limit)
+        read = partial(_at_most, end=most + 1) if bounded else _whole
         data = self._requests.make(
-            name, "read the file", self._requests.on(lambda fs: _whole(fs, path))
+            name, "read the file", self._requests.on(lambda fs: read(fs, path))
         )
-        if limit is not None and len(data) > limit:
-            raise ValueError(f"{name} holds {len(data)} bytes, more than {limit}")
+        _refuse_larger(name, len(data), most)
         return data
 
     def size(self, name: str) -> int:
@@ -361,6 +365,23 @@ def _never_changes(name: str) -> bool:
     """Whether the file, once there, stays as it is: so it may be read from a cache."""
     directory, slash, rest = name.partition("/")
     return bool(slash) and parse_data_directory(directory) is not None and rest != OWNER_NAME
+
+
+def _refuse_larger(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"{name} holds {size} bytes, and {limit} were expected at most")
+
+
+def _at_most(fs: Any, path: str, end: int) -> bytes:
+    """The content as far as byte ``end``. s3fs looks at the size before it reads all of an object,
+    and reads a large one in pieces, which may then be of two objects."""
+    try:
+        return bytes(fs.cat_file(path, start=0, end=end))
+    except OSError as error:
+        # Of an empty object there is no range.
+        if isinstance(error, FileNotFoundError) or fs.info(path)["size"]:
+            raise
+        return b""
 
 
 def _whole(fs: Any, path: str) -> bytes:

@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["MemoryBackend", "MemoryStore"]
 class _Content:
     data: bytearray
     changed: float = field(default_factory=time.monotonic)
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class MemoryStore(ByteStore):
@@ -33,6 +35,7 @@ class MemoryStore(ByteStore):
     random_write = True
     atomic_replace = True
     create_if_absent = True
+    replace_if_same = True
     durable_sync = False
     shared_between_processes = False
 
@@ -70,8 +73,11 @@ class MemoryStore(ByteStore):
             if "/".join(parts[:-1]) not in self._directories:
                 raise self._missing(name)
             if if_absent and name in self._files:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{name}")
+                raise self._exists(name)
             self._files[name] = content
+
+    def _exists(self, name: str) -> FileExistsError:
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{name}")
 
     def _missing(self, name: str) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}")
@@ -86,6 +92,17 @@ class MemoryStore(ByteStore):
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         self._insert(name, _Content(bytearray(data)), if_absent=if_absent)
+
+    def tag(self, name: str) -> str:
+        return self._content(name).tag
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        split_name(name, store=self.url)
+        with self._lock:
+            content = self._files.get(name)
+            if content is None or content.tag != tag:
+                raise self._exists(name)
+            self._files[name] = _Content(bytearray(data))
 
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         content = memoryview(self._content(name).data)
@@ -163,6 +180,7 @@ class _MemoryFile(ByteStoreFile):
                 offset += buffer.nbytes
             self._content.data = data
             self._content.changed = time.monotonic()
+            self._content.tag = uuid.uuid4().hex
 
     def sync(self) -> None:
         return None

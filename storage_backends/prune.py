@@ -107,9 +107,14 @@ def _prune(
             if not (directories := data_directories(files)):
                 continue
             committed, hidden = _committed(store, place)
+            reasons = {d.name: _reason_to_keep(d, committed, seconds) for d in directories}
+            if not dry_run and None in reasons.values():
+                # A save that was killed may have renamed its manifest and not made that durable:
+                # what it replaced is garbage only when no power failure can bring it back.
+                store.sync_directory(place.rstrip("/"))
             for directory in directories:
                 name = f"{place}{directory.name}"
-                reason = _reason_to_keep(directory, committed, seconds)
+                reason = reasons[directory.name]
                 if reason is not None:
                     kept.append(KeptDirectory(name=name, nbytes=directory.nbytes, reason=reason))
                     continue

@@ -43,6 +43,7 @@ from storage_backends.garbage import (
     read_owner,
 )
 from storage_backends.layout import FileLayout, RankLayout
+from storage_backends.open_files import OpenFiles
 from storage_backends.present import complete_set, present_checkpoint, rank_manifests
 from storage_backends.present import present_save_id as manifest_save_id
 from storage_backends.reports import check_reports, make_manifest
@@ -177,19 +178,13 @@ class RankSave:
         return {s: self.ticket.extra_files[n] for n, s in self._extra_names().items()}
 
     def write(self, layout: RankLayout, check: Check) -> RankReport:
-        """Write and sync all files of ``layout``, their digests, and on the coordinator the
-        caller's extra files; then the directory."""
-        written: list[WrittenFile] = []
-        for file in layout.files:
-            name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
-            with self._writing(name, "write the data file"):
-                header = _header(file, self.ticket.save_id)
-                written.append(
-                    write_file(
-                        self.store, name, file, header, self._options, check, self._wrote.append
-                    )
-                )
-        digests = self._write_digests(layout, written, check)
+        """Write all files of ``layout``, and their digests, and sync them; on the coordinator the
+        caller's extra files too; then the directory."""
+        with OpenFiles(self.store) as files:
+            written = [self._write_data(file, check, files) for file in layout.files]
+            digests = self._write_digests(layout, written, check, files)
+            check()
+            files.finish()
         self._write_extra_files(self._own_extra(), check)
         check()
         with writing(self.store, "make the data directory durable", file=self._directory):
@@ -203,8 +198,16 @@ class RankSave:
             objects=list(layout.objects),
         )
 
+    def _write_data(self, file: FileLayout, check: Check, files: OpenFiles) -> WrittenFile:
+        name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"
+        with self._writing(name, "write the data file"):
+            header = _header(file, self.ticket.save_id)
+            return write_file(
+                self.store, name, file, header, self._options, check, self._wrote.append, files
+            )
+
     def _write_digests(
-        self, layout: RankLayout, written: Sequence[WrittenFile], check: Check
+        self, layout: RankLayout, written: Sequence[WrittenFile], check: Check, files: OpenFiles
     ) -> bytes:
         if not written:
             return b""
@@ -218,7 +221,7 @@ class RankSave:
             blocks=np.concatenate([file.blocks for file in written]),
         )
         name = f"{self._directory}/{digest_file_name(self.ticket.rank)}"
-        self._write_small(name, data, check)
+        self._write_small(name, data, check, files)
         return data
 
     @contextmanager
@@ -232,25 +235,26 @@ class RankSave:
                 self._written.remove(name)
                 raise
 
-    def _write_small(self, name: str, data: bytes, check: Check) -> None:
+    def _write_small(self, name: str, data: bytes, check: Check, files: OpenFiles) -> None:
         check()
         with self._writing(name, "write the file"):
-            file = self.store.create(name, len(data))
+            file = files.create(name, len(data))
             try:
                 if data:
                     file.write([memoryview(data)], 0)
-                file.sync()
-                file.close()
             except BaseException:
                 file.abort()
                 raise
+            files.add(name, file, len(data))
 
     def _write_extra_files(self, files: Mapping[str, bytes], check: Check) -> None:
-        for stored, content in files.items():
-            self._write_small(f"{self._directory}/{stored}", content, check)
-            self._extra.append(
-                ExtraFile(name=stored, size=len(content), xxh3_128=xxh3_128_hex(content))
-            )
+        with OpenFiles(self.store) as unfinished:
+            for stored, content in files.items():
+                self._write_small(f"{self._directory}/{stored}", content, check, unfinished)
+                unfinished.finish()
+                self._extra.append(
+                    ExtraFile(name=stored, size=len(content), xxh3_128=xxh3_128_hex(content))
+                )
         for directory in reversed(_parents(self._directory, files)):
             with writing(self.store, "make the directory durable", file=directory):
                 self.store.sync_directory(directory)

@@ -7,7 +7,8 @@ which files are what they claim to be (``checkpoint_files``), and cutting boxes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from threading import BoundedSemaphore
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from dcp_engine.format.digest import block_count, block_digests, digest_value
+from dcp_engine.geometry.runs import Runs, box_runs
 from dcp_engine.storage import Check, ReadRange
 from storage_backends.block_digester import BlockDigester
 from storage_backends.checkpoint_files import CheckpointFiles
@@ -38,10 +40,15 @@ MAX_SPAN = 8 << 20
 """Scratch bytes of one strided part."""
 MAX_GAP = 64 << 10
 """Bytes between two runs that are read in vain rather than skipped."""
+MIN_SKIP = 4 << 10
+"""Bytes between two runs that are skipped where nothing is checked and each run can be read right
+where it belongs: a call costs less than so much read in vain, and then copied out of."""
 MIN_REQUEST = 256 << 10
 """Bytes below which a request is not divided among threads."""
+THREADS_PER_REQUEST = 2
+"""Of a store that is slow to begin: one waits for an answer, one checks the answer before."""
 JOB_BYTES = 64 << 20
-"""What one thread reads before it takes the next job."""
+"""What one of several threads reads before it takes the next job."""
 
 
 class Wanted(NamedTuple):
@@ -62,6 +69,8 @@ class Wanted(NamedTuple):
     """Of shape ``lengths``; any strides, any device."""
     digests: U64 | None
     """Of the chunk's blocks; None: do not check."""
+    run: int
+    """Where the box begins in the chunk, in bytes, if it is one run of them; else -1."""
 
 
 class _Transfer(NamedTuple):
@@ -76,8 +85,8 @@ class _Transfer(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What a job reads of a wanted box: all of it, or, of one that is a single run on both sides,
-    bytes ``begin`` to ``end`` of the chunk."""
+    """What a job reads of a wanted box: all of it, or, of one that is a single run in the chunk and
+    in memory, bytes ``begin`` to ``end`` of the chunk."""
 
     wanted: Wanted
     begin: int
@@ -104,8 +113,12 @@ def read_wanted(
 
     def run(job: _Job, job_check: Check) -> None:
         scratch = idle.pop() if idle else _Scratch()
-        with _Batch(files, job.file, job_check, read_bytes, scratch) as batch:
+        with _Batch(files, job.file, job_check, read_bytes, scratch, requests) as batch:
             for source in job.sources:
+                runs = None if slow or source.is_run else _runs_apart(source.wanted)
+                if runs is not None:
+                    batch.add_runs(source.wanted, runs)
+                    continue
                 for transfer in _transfers(source, block_size, cut_bytes):
                     batch.add(transfer)
             batch.flush()
@@ -118,10 +131,15 @@ def read_wanted(
     slow = files.store.preferred_read > READ_BYTES
     if slow:
         job_bytes = _even_share(sum(row.tensor.nbytes for row in wanted), threads, files)
-    else:
+    elif threads > 1:
         job_bytes = JOB_BYTES
+    else:  # a file opened once is read ahead without a break
+        job_bytes = max(JOB_BYTES, sum(row.tensor.nbytes for row in wanted))
     read_bytes = job_bytes if slow else cut_bytes
-    run_jobs(_jobs(wanted, job_bytes, block_size), run, threads=threads, check=check)
+    # While one thread checks what came, another one has its place at the store.
+    requests = BoundedSemaphore(threads) if slow else nullcontext()
+    workers = threads * THREADS_PER_REQUEST if slow else threads
+    run_jobs(_jobs(wanted, job_bytes, block_size), run, threads=workers, check=check)
     return sum(counts)
 
 
@@ -144,18 +162,19 @@ def _jobs(wanted: Sequence[Wanted], job_bytes: int, block_size: int) -> Iterator
             yield _Job(file, sources)
             sources, held = [], 0
         file = row.file
-        if not _is_whole_run(row):
+        nbytes = row.tensor.nbytes
+        if row.run < 0 or not (row.tensor.is_contiguous() and _is_readable(row.tensor)):
             sources.append(_Source(row, 0, 0, False))
-            held += row.tensor.nbytes
+            held += nbytes
             continue
-        begin = 0
-        while begin < row.nbytes:
+        begin, stop = row.run, row.run + nbytes
+        while begin < stop:
             room = max(job_bytes - held, 0)
             # A cut inside a block would read that block twice.
-            end = row.nbytes if row.nbytes - begin <= room else begin + room - room % block_size
-            if end == begin:
+            end = stop if stop - begin <= room else _border(begin + room, block_size)
+            if end <= begin:
                 if not sources:
-                    end = min(begin + max(job_bytes, block_size), row.nbytes)
+                    end = min(_border(begin + max(job_bytes, block_size), block_size), stop)
                 else:
                     yield _Job(file, sources)
                     sources, held = [], 0
@@ -172,20 +191,31 @@ def _is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _is_whole_run(wanted: Wanted) -> bool:
-    """The common case: a whole chunk into contiguous memory."""
-    return (
-        wanted.lengths == wanted.sizes
-        and wanted.tensor.is_contiguous()
-        and _is_readable(wanted.tensor)
-    )
+def _border(position: int, block_size: int) -> int:
+    """The border of blocks at or before ``position``."""
+    return position - position % block_size
+
+
+def _runs_apart(wanted: Wanted) -> Runs | None:
+    """The runs of a box that are read one by one, if that is better than with what lies between
+    them."""
+    tensor = wanted.tensor
+    if wanted.digests is not None or not (tensor.is_contiguous() and _is_readable(tensor)):
+        return None
+    runs = box_runs(wanted.sizes, wanted.within, wanted.lengths, tensor.element_size())
+    # The gaps of the innermost step are the smallest.
+    if runs.count < 2 or runs.strides[-1] - runs.length < MIN_SKIP:
+        return None
+    return runs
 
 
 def _transfers(source: _Source, block_size: int, cut_bytes: int) -> Iterator[_Transfer]:
     wanted = source.wanted
     tensor = wanted.tensor
     if source.is_run:
-        view = memory_of(tensor)[source.begin : source.end]
+        view = memory_of(tensor)
+        if source.end - source.begin < view.nbytes:
+            view = view[source.begin - wanted.run : source.end - wanted.run]
         step = max(cut_bytes // block_size, 1) * block_size
         yield from _direct(wanted, source.begin, source.end, view, tensor, step)
         return
@@ -249,7 +279,13 @@ class _Batch:
     context: the file stays open in it, from the first read on."""
 
     def __init__(
-        self, files: CheckpointFiles, file: int, check: Check, read_bytes: int, scratch: _Scratch
+        self,
+        files: CheckpointFiles,
+        file: int,
+        check: Check,
+        read_bytes: int,
+        scratch: _Scratch,
+        requests: AbstractContextManager[object],
     ) -> None:
         self._files = files
         self._file = files.manifest.data_files[file]
@@ -258,6 +294,7 @@ class _Batch:
         self._check = check
         self._read_bytes = read_bytes
         self._scratch = scratch
+        self._requests = requests
         self._open = ExitStack()
         self._read_file: Callable[[Sequence[ReadRange]], None] | None = None
         self._ranges: list[ReadRange] = []
@@ -295,6 +332,20 @@ class _Batch:
             self._add_widened(wanted, begin, end, low, high, view)
         if self._held >= self._read_bytes or len(self._ranges) >= READ_RANGES:
             self.flush()
+
+    def add_runs(self, wanted: Wanted, runs: Runs) -> None:
+        """Read each run of a box into its place in contiguous memory, unchecked."""
+        base, length = self._file.data_start + wanted.start, runs.length
+        view = memory_of(wanted.tensor)
+        for first in range(0, runs.count, READ_RANGES):
+            begins = (base + runs.starts(first, first + READ_RANGES)).tolist()
+            places = range(first * length, (first + len(begins)) * length, length)
+            parts = [view[place : place + length] for place in places]
+            self._ranges += map(ReadRange, begins, parts)
+            self._names.append(wanted.name)
+            self._held += len(begins) * length
+            if self._held >= self._read_bytes or len(self._ranges) >= READ_RANGES:
+                self.flush()
 
     def _add_strided(
         self, wanted: Wanted, begin: int, low: int, high: int, box: torch.Tensor
@@ -341,10 +392,10 @@ class _Batch:
         """Read, check and copy what was collected."""
         if not self._ranges:
             return
-        self._check()
         # The tensor, if this batch is about one only.
         tensor = self._names[0] if self._names.count(self._names[0]) == len(self._names) else None
-        with self._files.reading(self._file.name, tensor=tensor):
+        with self._requests, self._files.reading(self._file.name, tensor=tensor):
+            self._check()
             if self._read_file is None:
                 self._read_file = self._open.enter_context(self._files.store.opened(self._path))
             self._read_file(self._ranges)

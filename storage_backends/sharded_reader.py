@@ -206,6 +206,7 @@ class ShardedReader(ColumnarReader):
             lengths=(stored.nbytes,),
             tensor=data,
             digests=None,
+            run=0,
         )
         read_wanted(files, checked(files, [wanted]), threads=1, check=_nothing_to_check)
         return data.numpy().tobytes()

@@ -17,7 +17,7 @@ from dcp_engine.coordination.identity import run_identity
 from dcp_engine.errors import CheckpointError, NotFoundError, UsageError
 from dcp_engine.format.digest import DEFAULT_BLOCK_SIZE, check_block_size
 from dcp_engine.format.manifest import Manifest
-from dcp_engine.format.names import new_save_id
+from dcp_engine.format.names import MANIFEST_NAME, new_save_id
 from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.metadata import Metadata, StorageMeta
 from dcp_engine.native_storage import (
@@ -229,7 +229,12 @@ class ShardedWriter(ColumnarWriter):
                 record = read_manifest(store)[1]
             except NotFoundError:
                 return None
-        return record if record.save_id == save_id else None
+            if record.save_id != save_id:
+                return None
+            # Who committed it may have died, or be late, between the rename and this.
+            with writing(store, "make the commit durable", file=MANIFEST_NAME):
+                store.sync_directory("")
+            return record
 
     def remove_replaced(self) -> None:
         self._current().remove_replaced()

@@ -26,7 +26,7 @@ from storage_backends.digest_rows import digest_rows
 from storage_backends.jobs import run_jobs
 from storage_backends.tensor_bytes import MemoryViews, has_viewable_memory
 
-__all__ = ["SmallRows", "read_small", "small_rows"]
+__all__ = ["SmallRows", "read_small", "small_rows", "stored_kinds", "stretches"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -38,8 +38,11 @@ JOB_ROWS = 1024
 """Rows per read: what ``preadv`` takes."""
 SLOW_ROWS = 16 * JOB_ROWS
 """Rows per read of a store that is slow to begin."""
-LONG_RUN = 256
+SLOW_RUN = 256
 """Rows one behind the other that are worth requests of their own there."""
+LONG_RUN = 16
+"""The same elsewhere. Rows that lie scattered among large chunks are read along with those: a disk
+would seek each of them, and then find its read-ahead broken (a cold load took twice as long)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +71,8 @@ def small_rows(
     nbytes = plan.itemsize * row_products(plan.chunk_sizes)
     is_small = (nbytes <= files.manifest.block_size) & (nbytes > 0)
     is_small &= all_rows((plan.lengths == plan.chunk_sizes) & (plan.within == 0))
-    if files.store.preferred_read > JOB_BYTES:
-        is_small &= _among_their_like(plan, nbytes, is_small)
+    slow = files.store.preferred_read > JOB_BYTES
+    is_small &= _among_their_like(plan, nbytes, is_small, SLOW_RUN if slow else LONG_RUN)
     rows = np.flatnonzero(is_small)
     taken = [tensors[dest] for dest in plan.dest[rows].tolist()]
     dtypes = [tensor.dtype for tensor in taken]
@@ -94,15 +97,16 @@ def small_rows(
         tensors=taken,
         digests=None,
     )
-    _compare_headers(files, small, *_stored_kinds(plan, rows, codes))
+    ndims, shapes = plan.ndims[rows].astype(np.int64), plan.chunk_sizes[rows]
+    _compare_headers(files, small, *stored_kinds(codes, ndims, shapes))
     others = np.ones(len(nbytes), np.bool_)
     others[rows] = False
     return _with_digests(files, small), np.flatnonzero(others)
 
 
-def _among_their_like(plan: LoadColumns, nbytes: I64, is_small: Mask) -> Mask:
-    """Which small rows lie in a long run of small ones. Where requests are slow to begin, others
-    are read along with the large chunks beside them."""
+def _among_their_like(plan: LoadColumns, nbytes: I64, is_small: Mask, long_run: int) -> Mask:
+    """Which small rows lie in a run of at least ``long_run`` small ones. Others are read along with
+    the large chunks beside them."""
     follows = np.zeros(len(nbytes), np.bool_)
     follows[1:] = (
         (plan.chunk_start[1:] == plan.chunk_start[:-1] + nbytes[:-1])
@@ -110,14 +114,19 @@ def _among_their_like(plan: LoadColumns, nbytes: I64, is_small: Mask) -> Mask:
         & is_small[:-1]
     )
     run = np.cumsum(~(follows & is_small))
-    return np.bincount(run, weights=is_small)[run] >= LONG_RUN
+    return np.bincount(run, weights=is_small)[run] >= long_run
 
 
-def _stored_kinds(plan: LoadColumns, rows: I64, codes: I64) -> tuple[list[Stored], I64]:
-    """The different dtypes and shapes among ``rows``, as headers list them, and each row's."""
-    if not len(rows):
-        return [], rows
-    ndims, sizes = plan.ndims[rows].astype(np.int64), plan.chunk_sizes[rows]
+def stored_kinds(codes: I64, ndims: I64, sizes: I64) -> tuple[list[Stored], I64]:
+    """The different dtypes and shapes of n chunks, as headers list them, and each chunk's.
+
+    Args:
+        codes: (n,) of ``format.dtypes``.
+        ndims: (n,)
+        sizes: (n, D) shapes, padded.
+    """
+    if not len(codes):
+        return [], codes
     kinds, count = group_rows([codes, ndims, *sizes.T])
     example = np.empty(count, np.int64)
     example[kinds] = np.arange(len(kinds))
@@ -133,7 +142,7 @@ def _stored_kinds(plan: LoadColumns, rows: I64, codes: I64) -> tuple[list[Stored
 def _compare_headers(
     files: CheckpointFiles, rows: SmallRows, stored: list[Stored], kinds: I64
 ) -> None:
-    for begin, end in _of_one_file(rows.file):
+    for begin, end in stretches(rows.file):
         files.compare_entries(
             int(rows.file[begin]),
             rows.start[begin:end],
@@ -144,8 +153,8 @@ def _compare_headers(
         )
 
 
-def _of_one_file(file: I64) -> Iterator[tuple[int, int]]:
-    """Begins and ends of the stretches of one file each."""
+def stretches(file: I64) -> Iterator[tuple[int, int]]:
+    """Begins and ends of the stretches of one file each, of rows sorted by file."""
     borders = [0, *(np.flatnonzero(np.diff(file)) + 1).tolist(), len(file)]
     return ((a, b) for a, b in pairwise(borders) if a < b)
 
@@ -179,7 +188,7 @@ def read_small(files: CheckpointFiles, rows: SmallRows, *, threads: int, check: 
 
 def _jobs(rows: SmallRows, job_bytes: int, job_rows: int) -> Iterator[tuple[int, int]]:
     ends = np.cumsum(rows.nbytes)
-    for begin, stop in _of_one_file(rows.file):
+    for begin, stop in stretches(rows.file):
         while begin < stop:
             held = int(ends[begin] - rows.nbytes[begin])
             end = int(np.searchsorted(ends, held + job_bytes, side="right"))

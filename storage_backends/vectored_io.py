@@ -13,14 +13,21 @@ from itertools import pairwise
 
 from dcp_engine.storage import ReadRange
 
-__all__ = ["adjacent", "pread_all", "pwrite_all", "start_write_back"]
+__all__ = [
+    "WRITE_BACK_BYTES",
+    "adjacent",
+    "pread_all",
+    "pread_ranges",
+    "pwrite_all",
+    "start_write_back",
+]
 
 _IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
 """Most buffers one call takes (1,024 on Linux)."""
 
 
 WRITE_BACK_BYTES = 1 << 20
-"""From so many bytes on, a write is worth to be started early."""
+"""From so many bytes on, a write is worth to be started early, with more to come."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -41,7 +48,7 @@ _sync_file_range = _find_sync_file_range()
 def start_write_back(descriptor: int, offset: int, nbytes: int) -> None:
     """Have the disk begin with these bytes now, instead of all at once in ``fsync``: 1.4 to 1.6
     times faster on a local disk. Promises nothing; what goes wrong is told by ``fsync``."""
-    if _sync_file_range is not None and nbytes >= WRITE_BACK_BYTES:
+    if _sync_file_range is not None and nbytes:  # 0 would mean all that follows
         _sync_file_range(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
@@ -95,6 +102,14 @@ def pread_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> No
         return done
 
     _for_each_call(buffers, offset, call)
+
+
+def pread_ranges(descriptor: int, ranges: Sequence[ReadRange]) -> None:
+    """Fill all ``ranges``; those that follow each other with one call."""
+    for offset, buffers in adjacent(ranges):
+        # One by itself at once: there may be a hundred thousand runs, a microsecond each.
+        if len(buffers) > 1 or os.preadv(descriptor, buffers, offset) != buffers[0].nbytes:
+            pread_all(descriptor, buffers, offset)
 
 
 def adjacent(ranges: Sequence[ReadRange]) -> Iterator[tuple[int, list[memoryview]]]:

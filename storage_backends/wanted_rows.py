@@ -6,10 +6,8 @@ here: reading tensor data.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +17,14 @@ from dcp_engine.collector import collector_paused
 from dcp_engine.errors import InvalidPlanError, StateMismatchError
 from dcp_engine.format.dtypes import code_of, info, stored_shape
 from dcp_engine.format.shard_file import Stored
+from dcp_engine.geometry.runs import box_runs
+from dcp_engine.planning.arrays import row_products
 from dcp_engine.planning.columns import LoadColumns
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.digest_rows import digest_rows
 from storage_backends.item_reads import WantedItem
 from storage_backends.read_files import Wanted
-from storage_backends.small_reads import SmallRows, small_rows
+from storage_backends.small_reads import SmallRows, small_rows, stored_kinds, stretches
 from storage_backends.tensor_bytes import box_of
 
 __all__ = ["WantedColumns", "checked", "wanted_of_columns", "wanted_of_items"]
@@ -51,67 +51,96 @@ def wanted_of_columns(
     ``StateMismatchError(kind="dtype_mismatch")``.
     """
     small, rest = small_rows(files, plan, tensors)
-    boxes = checked(files, _boxes_of(plan, rest, tensors, checkpoint=files.store.url))
-    if plan.flat is not None:
-        boxes = [_flattened(row) for row in boxes]
-    return WantedColumns(small=small, boxes=boxes)
-
-
-def _flattened(row: Wanted) -> Wanted:
-    """A range of elements as a box of a chunk of one dimension."""
-    if len(row.within) == len(row.sizes):
-        return row
-    return row._replace(sizes=(math.prod(row.sizes),))
+    return WantedColumns(small=small, boxes=_boxes_of(files, plan, rest, tensors))
 
 
 def _boxes_of(
-    plan: LoadColumns, rows: I64, tensors: Sequence[torch.Tensor], *, checkpoint: str
+    files: CheckpointFiles, plan: LoadColumns, rows: I64, tensors: Sequence[torch.Tensor]
 ) -> list[Wanted]:
     """One box per row of ``rows``, in their order."""
-    wanted: list[Wanted] = []
-    flat = None if plan.flat is None else plan.flat[rows].tolist()
-    for tensor_row, ndim, itemsize, file, start, sizes, within, lengths, dest, dest_within in zip(
-        plan.tensor[rows].tolist(),
-        plan.ndims[rows].tolist(),
-        plan.itemsize[rows].tolist(),
-        plan.file[rows].tolist(),
-        plan.chunk_start[rows].tolist(),
-        plan.chunk_sizes[rows].tolist(),
-        plan.within[rows].tolist(),
-        plan.lengths[rows].tolist(),
-        plan.dest[rows].tolist(),
-        plan.dest_within[rows].tolist(),
-        strict=True,
-    ):
-        name, tensor = plan.names[tensor_row], tensors[dest]
-        dims = ndim if flat is None or not flat[len(wanted)] else 1
-        if tensor.ndim != dims or tensor.element_size() != itemsize:
-            raise StateMismatchError(
-                f"{itemsize} bytes an element in {ndim} dimensions are stored, the destination "
-                f"is {tensor.dtype} of shape {tuple(tensor.shape)}",
-                kind="dtype_mismatch",
-                checkpoint=checkpoint,
-                tensor=name,
-            )
-        box = box_of(tensor.detach(), dest_within, lengths)
-        chunk = tuple(sizes[:ndim])
-        nbytes = itemsize
-        for size in chunk:
-            nbytes *= size
-        wanted.append(
-            Wanted(
-                name=name,
-                file=file,
-                start=start,
-                nbytes=nbytes,
-                sizes=chunk,
-                within=tuple(within[:dims]),
-                lengths=tuple(lengths[:dims]),
-                tensor=box,
-                digests=None,
-            )
+    names = [plan.names[row] for row in plan.tensor[rows].tolist()]
+    taken = [tensors[dest] for dest in plan.dest[rows].tolist()]
+    sizes, itemsize = plan.chunk_sizes[rows], plan.itemsize[rows]
+    within, lengths = plan.within[rows], plan.lengths[rows]
+    ndims = plan.ndims[rows].astype(np.int64)
+    flat = np.zeros(len(rows), np.bool_) if plan.flat is None else plan.flat[rows]
+    dims = np.where(flat, 1, ndims)
+    codes = _codes_of(taken, names, dims, ndims, itemsize, checkpoint=files.store.url)
+    file, start = plan.file[rows].astype(np.int64), plan.chunk_start[rows]
+    nbytes = row_products(sizes) * itemsize
+    kinds = stored_kinds(codes, ndims, sizes)
+    digests = _verified(files, file, start, nbytes, kinds, names)
+    if flat.any():  # a range of elements is a box of a chunk of one dimension
+        sizes, within, lengths = sizes.copy(), within.copy(), lengths.copy()
+        sizes[flat, 0] = (nbytes // itemsize)[flat]
+        sizes[flat, 1:], within[flat, 1:], lengths[flat, 1:] = 1, 0, 1
+    places = zip(names, file.tolist(), start.tolist(), nbytes.tolist(), strict=True)
+    boxes = zip(dims.tolist(), sizes.tolist(), within.tolist(), lengths.tolist(), strict=True)
+    sources = zip(digests, _run_begins(sizes, within, lengths, itemsize).tolist(), strict=True)
+    targets = zip(taken, plan.dest_within[rows].tolist(), strict=True)
+    return [
+        Wanted(
+            name=name,
+            file=number,
+            start=begin,
+            nbytes=size,
+            sizes=tuple(chunk[:ndim]),
+            within=tuple(inside[:ndim]),
+            lengths=tuple(box[:ndim]),
+            tensor=box_of(tensor.detach(), at, box),
+            digests=known,
+            run=run,
         )
-    return wanted
+        for (name, number, begin, size), (ndim, chunk, inside, box), (known, run), (tensor, at) in (
+            zip(places, boxes, sources, targets, strict=True)
+        )
+    ]
+
+
+def _run_begins(sizes: I64, within: I64, lengths: I64, itemsizes: I64) -> I64:
+    """(n,) where boxes begin in their chunks, in bytes; -1 for those that are not one run there.
+
+    Args:
+        sizes: (n, D) of the chunks.
+        within, lengths: (n, D) the boxes in them.
+    """
+    first, last = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
+    for size, begin, length in zip(sizes.T, within.T, lengths.T, strict=True):
+        first = first * size + begin
+        last = last * size + begin + length - 1
+    elements = row_products(lengths)
+    is_run = (last - first + 1 == elements) & (elements > 0)
+    return np.where(is_run, first * itemsizes, -1)
+
+
+def _codes_of(
+    tensors: Sequence[torch.Tensor],
+    names: Sequence[str],
+    dims: I64,
+    ndims: I64,
+    itemsizes: I64,
+    *,
+    checkpoint: str,
+) -> I64:
+    """Codes of the dtypes of ``tensors``, which have ``dims`` dimensions and ``itemsizes``.
+
+    Raises ``StateMismatchError`` for one that has others; ``ndims`` are stored.
+    """
+    dtypes = [tensor.dtype for tensor in tensors]
+    sizes = {dtype: dtype.itemsize for dtype in set(dtypes)}
+    fits = np.fromiter(map(sizes.__getitem__, dtypes), np.int64, len(dtypes)) == itemsizes
+    fits &= np.array([tensor.ndim for tensor in tensors], np.int64) == dims
+    if not fits.all():
+        at = int(np.argmin(fits))
+        raise StateMismatchError(
+            f"{itemsizes[at]} bytes an element in {ndims[at]} dimensions are stored, the "
+            f"destination is {dtypes[at]} of shape {tuple(tensors[at].shape)}",
+            kind="dtype_mismatch",
+            checkpoint=checkpoint,
+            tensor=names[at],
+        )
+    codes = {dtype: code_of(dtype) for dtype in sizes}
+    return np.fromiter(map(codes.__getitem__, dtypes), np.int64, len(dtypes))
 
 
 def wanted_of_items(items: Sequence[WantedItem], *, checkpoint: str) -> list[Wanted]:
@@ -137,6 +166,7 @@ def wanted_of_items(items: Sequence[WantedItem], *, checkpoint: str) -> list[Wan
                 checkpoint=checkpoint,
                 tensor=stored.name,
             )
+        runs = box_runs(sizes, within, lengths, want.tensor.element_size())
         wanted.append(
             Wanted(
                 name=stored.name,
@@ -148,6 +178,7 @@ def wanted_of_items(items: Sequence[WantedItem], *, checkpoint: str) -> list[Wan
                 lengths=lengths,
                 tensor=want.tensor.detach(),
                 digests=None,
+                run=runs.first if runs.count == 1 else -1,
             )
         )
     wanted.sort(key=lambda row: (row.file, row.start))
@@ -168,31 +199,51 @@ def checked(files: CheckpointFiles, wanted: Sequence[Wanted]) -> list[Wanted]:
         if code is None:
             code = codes[dtype] = code_of(dtype)
         kinds[at] = stored.setdefault(stored_shape(info(code), row.sizes), len(stored))
-    begin = 0
-    for file, group in groupby(wanted, key=lambda row: row.file):
-        rows = list(group)
-        end = begin + len(rows)
-        files.compare_entries(
-            file,
-            np.array([row.start for row in rows], np.int64),
-            np.array([row.nbytes for row in rows], np.int64),
-            list(stored),
-            kinds[begin:end],
-            [row.name for row in rows],
-        )
-        begin = end
-    if not files.verify_digests:
-        return list(wanted)
-    found: list[U64] = [np.empty(0, np.uint64)] * len(wanted)
-    for part in digest_rows(
+    digests = _verified(
         files,
         np.array([row.file for row in wanted], np.int64),
         np.array([row.start for row in wanted], np.int64),
         np.array([row.nbytes for row in wanted], np.int64),
+        (list(stored), kinds),
         [row.name for row in wanted],
-    ):
+    )
+    if not files.verify_digests:
+        return list(wanted)
+    return [row._replace(digests=blocks) for row, blocks in zip(wanted, digests, strict=True)]
+
+
+def _verified(
+    files: CheckpointFiles,
+    file: I64,
+    start: I64,
+    nbytes: I64,
+    kinds: tuple[list[Stored], I64],
+    names: Sequence[str],
+) -> Sequence[U64 | None]:
+    """(n,) the digests of chunks, each found to be what its file's header says it is; None where
+    they are not to be checked.
+
+    Args:
+        file, start, nbytes: (n,) the chunks, sorted by file.
+        kinds: dtypes and shapes as headers list them, and (n,) which of them a chunk is.
+        names: (n,) for messages.
+    """
+    stored, kind = kinds
+    for begin, end in stretches(file):
+        files.compare_entries(
+            int(file[begin]),
+            start[begin:end],
+            nbytes[begin:end],
+            stored,
+            kind[begin:end],
+            names[begin:end],
+        )
+    if not files.verify_digests:
+        return [None] * len(file)
+    found: list[U64 | None] = [None] * len(file)
+    for part in digest_rows(files, file, start, nbytes, names):
         table = part.table
         begins, ends = table.first_block[part.at].tolist(), table.first_block[part.at + 1].tolist()
         for at, first, last in zip(part.rows.tolist(), begins, ends, strict=True):
             found[at] = table.blocks[first:last]
-    return [row._replace(digests=blocks) for row, blocks in zip(wanted, found, strict=True)]
+    return found

@@ -18,8 +18,10 @@ from dcp_engine.errors import InvalidPlanError
 from dcp_engine.format.digest import block_count, block_digests, digest_value
 from dcp_engine.storage import ByteStore, ByteStoreFile, Check
 from storage_backends.block_digester import BlockDigester
+from storage_backends.digest_thread import DigestThread, Undigested
 from storage_backends.jobs import run_jobs
 from storage_backends.layout import Data, FileLayout
+from storage_backends.open_files import OpenFiles
 from storage_backends.tensor_bytes import (
     MemoryViews,
     contiguous_slices,
@@ -32,10 +34,14 @@ __all__ = ["WriteOptions", "WrittenFile", "write_file"]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-WRITE_BYTES = 4 << 20
-"""Bytes digested, then written, at a time: small enough to be in the cache still."""
+WRITE_BYTES = 2 << 20
+"""Bytes digested and written at a time: small enough to be in the cache still. And few enough that
+the kernel's page cache takes them in folios below 2 MiB: on a virtual machine, writes of 4 MiB and
+more took several times as long now and then, when memory had been freed in between."""
 WRITE_BUFFERS = 1024
 """Buffers per call: what ``pwritev`` takes."""
+LARGE_BYTES = 1 << 20
+"""From so many bytes on, a piece counts when it is decided how a file is written."""
 COPY_BYTES = 16 << 20
 """Largest copy of what cannot be written from its own memory; one a thread at a time."""
 
@@ -53,7 +59,7 @@ class WriteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenFile:
-    """A data file, written and durable."""
+    """A data file that was written."""
 
     number: int
     data_start: int
@@ -94,33 +100,34 @@ def write_file(
     options: WriteOptions,
     check: Check,
     wrote: Callable[[int], None],
+    files: OpenFiles,
 ) -> WrittenFile:
-    """Write, sync and close file ``name``. On any failure nothing of it remains.
+    """Write file ``name`` and leave it to ``files`` to end it. On any failure nothing of it
+    remains.
 
     ``header`` is all that stands before the data section. ``check`` is called before each write,
     ``wrote`` after it with the number of bytes, from any of the writing threads.
-    Raises ``InvalidPlanError(kind="results_mismatch")`` if the medium holds another number of
-    bytes afterwards.
     """
     plan = _plan(layout, len(header), options.block_size)
     size = len(header) + sum(layout.sizes)
     check()
-    file = store.create(name, size)
+    file = files.create(name, size)
     try:
         file.write([memoryview(header)], 0)
-        run_jobs(
-            _cut(plan, options.job_bytes),
-            lambda job, job_check: _write_job(file, plan, job, job_check, wrote),
-            threads=options.threads if store.random_write else 1,
-            check=check,
-        )
+        if _goes_in_order(store, plan, options):
+            _write_in_order(file, plan, check, wrote)
+        else:
+            run_jobs(
+                _cut(plan, options.job_bytes),
+                lambda job, job_check: _write_job(file, plan, job, job_check, wrote),
+                threads=options.threads if store.random_write else 1,
+                check=check,
+            )
         check()
-        file.sync()
-        file.close()
-        _compare_size(store, name, size)
     except BaseException:
         file.abort()
         raise
+    files.add(name, file, size)
     return WrittenFile(
         number=layout.number,
         data_start=len(header),
@@ -128,18 +135,6 @@ def write_file(
         header_digest=digest_value(header),
         blocks=plan.digests,
     )
-
-
-def _compare_size(store: ByteStore, name: str, size: int) -> None:
-    found = store.size(name)
-    if found != size:
-        raise InvalidPlanError(
-            f"{size} bytes were written, and the medium holds {found}",
-            kind="results_mismatch",
-            checkpoint=store.url,
-            file=name,
-            hint="nothing was committed; check the file system",
-        )
 
 
 def _plan(layout: FileLayout, data_start: int, block_size: int) -> _Plan:
@@ -153,6 +148,31 @@ def _plan(layout: FileLayout, data_start: int, block_size: int) -> _Plan:
         digests=np.empty(int(blocks.sum()), np.uint64),
         block_size=block_size,
     )
+
+
+def _goes_in_order(store: ByteStore, plan: _Plan, options: WriteOptions) -> bool:
+    """Whether one thread writes the file from begin to end, and another digests: where more
+    writers gain nothing, and all that is large can be written from its own memory. What has to be
+    copied first is worth several threads that copy."""
+    if options.threads == 1 or store.concurrent_writes:
+        return False
+    large = np.flatnonzero(np.array(plan.layout.sizes, np.int64) >= LARGE_BYTES).tolist()
+    return bool(large) and all(_lies_in_memory(plan.layout.data[row]) for row in large)
+
+
+def _lies_in_memory(data: Data) -> bool:
+    if isinstance(data, torch.Tensor):
+        return has_viewable_memory(data)
+    return isinstance(data, memoryview)
+
+
+def _write_in_order(
+    file: ByteStoreFile, plan: _Plan, check: Check, wrote: Callable[[int], None]
+) -> None:
+    with DigestThread(plan.block_size) as digests:
+        everything = _Job(0, len(plan.layout.sizes), 0, 0)
+        _write_job(file, plan, everything, check, wrote, digests)
+        digests.finish()
 
 
 def _cut(plan: _Plan, job_bytes: int) -> Iterator[_Job]:
@@ -187,11 +207,19 @@ def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
 
 
 def _write_job(
-    file: ByteStoreFile, plan: _Plan, job: _Job, check: Check, wrote: Callable[[int], None]
+    file: ByteStoreFile,
+    plan: _Plan,
+    job: _Job,
+    check: Check,
+    wrote: Callable[[int], None],
+    others: DigestThread | None = None,
 ) -> None:
+    """Write and digest; with ``others`` the digests of what is large and stays in memory are
+    there only when that is done."""
     first, last, begin, end = job
     layout, block_size = plan.layout, plan.block_size
-    batch = _Batch(file, plan.data_start + int(plan.starts[first]) + begin, check, wrote)
+    at = plan.data_start + int(plan.starts[first]) + begin
+    batch = _Batch(file, at, check, wrote, others)
     if end:
         _write_piece(batch, plan, first, begin, end)
         batch.flush()
@@ -239,12 +267,13 @@ def _small_views(
 def _write_piece(batch: _Batch, plan: _Plan, row: int, begin: int, end: int) -> None:
     """Bytes ``begin`` (a block border) to ``end`` of one piece."""
     data = _resolved(plan.layout, row)
+    stays = data is plan.layout.data[row]
     at = int(plan.first_blocks[row]) + begin // plan.block_size
     digests = plan.digests[at : at + block_count(end - begin, plan.block_size)]
     if isinstance(data, memoryview):
-        _write_view(batch, data[begin:end], digests, plan.block_size)
+        _write_view(batch, data[begin:end], digests, plan.block_size, stays)
     elif has_viewable_memory(data):
-        _write_view(batch, memory_of(data)[begin:end], digests, plan.block_size)
+        _write_view(batch, memory_of(data)[begin:end], digests, plan.block_size, stays)
     else:
         _write_copies(batch, data, digests, plan.block_size)
 
@@ -263,7 +292,10 @@ def _resolved(layout: FileLayout, row: int) -> torch.Tensor | memoryview:
     return data
 
 
-def _write_view(batch: _Batch, view: memoryview, digests: U64, block_size: int) -> None:
+def _write_view(
+    batch: _Batch, view: memoryview, digests: U64, block_size: int, stays: bool
+) -> None:
+    """``stays``: the memory lives until the save is over, whoever looks at it."""
     nbytes = view.nbytes
     if nbytes <= block_size:
         if nbytes:
@@ -274,8 +306,9 @@ def _write_view(batch: _Batch, view: memoryview, digests: U64, block_size: int) 
     for begin in range(0, nbytes, step):
         part = view[begin : begin + step]
         at = begin // block_size
-        made = block_digests(part, block_size)
-        digests[at : at + len(made)] = made
+        out = digests[at : at + block_count(part.nbytes, block_size)]
+        if not (stays and batch.leaves((part, out))):
+            out[:] = block_digests(part, block_size)
         batch.add(part, part.nbytes)
 
 
@@ -296,14 +329,28 @@ class _Batch:
     """Collects buffers that follow each other, and writes them a few megabytes at a time."""
 
     def __init__(
-        self, file: ByteStoreFile, offset: int, check: Check, wrote: Callable[[int], None]
+        self,
+        file: ByteStoreFile,
+        offset: int,
+        check: Check,
+        wrote: Callable[[int], None],
+        others: DigestThread | None,
     ) -> None:
         self._file = file
         self._offset = offset
         self._check = check
         self._wrote = wrote
+        self._others = others
         self._buffers: list[memoryview] = []
         self._held = 0
+        self._undigested: list[Undigested] = []
+
+    def leaves(self, work: Undigested) -> bool:
+        """Whether another thread digests ``work``, which is to be added next."""
+        if self._others is None:
+            return False
+        self._undigested.append(work)
+        return True
 
     def add(self, view: memoryview, nbytes: int) -> None:
         """The next ``nbytes`` bytes."""
@@ -326,6 +373,9 @@ class _Batch:
         if not self._buffers:
             return
         self._check()
+        if self._others is not None and self._undigested:
+            self._others.add(self._undigested)
+            self._undigested = []
         self._file.write(self._buffers, self._offset)
         self._offset += self._held
         self._wrote(self._held)

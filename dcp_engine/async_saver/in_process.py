@@ -181,9 +181,7 @@ class ProcessSaver:
                 answer = self._ask(request, arena, news, timeout)
         except WorkerError as error:
             self._give_up_worker()
-            record = settle_dead_worker(
-                job, error, save_id=news.save_id, committing=news.phase == "commit"
-            )
+            record = settle_dead_worker(job, error, save_id=news.save_id, phase=news.phase)
             return _metadata(request.writer, job.checkpoint_id, record)
         except BaseException as error:
             if news.phase == "join":
@@ -288,12 +286,9 @@ def _part(
                 layout=layout,
             )
         )
-    objects = [snapshot.objects[name] for name in source.plan.objects.names]
     return ColumnPart(
         structure_id=xxhash.xxh3_128_digest(fingerprint(source.plan, {}) + layout.fingerprint()),
         structure=structure,
-        object_sizes=[len(encoded.data) for encoded in objects],
-        object_pickled=[encoded.pickled for encoded in objects],
         dedup_to_lowest_rank=snapshot.dedup_to_lowest_rank,
         strict_replicas=snapshot.strict_replicas,
         compares=snapshot.compares,

@@ -9,8 +9,9 @@ from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.async_saver.watched import WatchedOperation
 from dcp_engine.async_saver.worker_group import stay_out_of_group
+from dcp_engine.coordination.failures import raised_by_exit
 from dcp_engine.coordination.interface import Decision
-from dcp_engine.errors import CoordinationError
+from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter
 from dcp_engine.saver.save import ColumnContent, ItemContent, begin_save, carry_out
@@ -67,7 +68,7 @@ def report_failure(
     job: SaveJob, error: BaseException, phase: Literal["staging", "agree"]
 ) -> NoReturn:
     """This rank failed before its save could begin: let the other ranks know, and raise what all
-    of them raise."""
+    of them raise; or ``error`` itself, if that is to end or interrupt this process."""
 
     def fail() -> bytes:
         raise error
@@ -75,12 +76,18 @@ def report_failure(
     def decide(messages: list[bytes]) -> Decision:
         return Decision()
 
-    with begin_save(
-        job.session,
-        checkpoint_id=job.checkpoint_id,
-        writer=job.writer,
-        options=job.options,
-        number=job.number,
-    ) as operation:
-        operation.step(phase, fail, decide)
+    try:
+        with begin_save(
+            job.session,
+            checkpoint_id=job.checkpoint_id,
+            writer=job.writer,
+            options=job.options,
+            number=job.number,
+        ) as operation:
+            operation.step(phase, fail, decide, regardless=True)
+    except CheckpointException:
+        # Another rank may have failed first, and the operation been over.
+        if raised_by_exit(error):
+            raise error from None
+        raise
     raise CoordinationError("a failed step went well", kind="out_of_step") from error

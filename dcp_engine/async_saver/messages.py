@@ -16,6 +16,7 @@ from dcp_engine.planning.columns import LocalPlan
 from dcp_engine.staging.layout import ArenaLayout
 
 __all__ = [
+    "COMMITTED",
     "SAVE",
     "TOUCH",
     "ColumnPart",
@@ -32,6 +33,8 @@ __all__ = [
 SAVE = "save"
 TOUCH = "touch"
 """Kinds of requests."""
+COMMITTED = "committed"
+"""The phase of a worker that has nothing left to do but to answer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,14 +49,11 @@ class ColumnStructure:
 
 
 class ColumnPart(msgspec.Struct, array_like=True, tag="columns"):
-    """A state as columns."""
+    """A state as columns; its objects are the last row of the layout (``object_blob``)."""
 
     structure_id: bytes
     structure: bytes | None
     """A pickled ``ColumnStructure``; None if the worker should know it."""
-    object_sizes: list[int]
-    """(O,) bytes of each object, in the order of the plan, in the last row of the layout."""
-    object_pickled: list[bool]
     dedup_to_lowest_rank: bool
     strict_replicas: bool
     compares: bool

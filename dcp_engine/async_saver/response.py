@@ -31,7 +31,8 @@ class Progress:
 
     phase: str
     """``staging``, ``waiting`` (for an earlier save, or for the worker), then the phases of a
-    save (``agree``, ``plan``, ``compare``, ``write``, ``commit``), and ``done`` or ``failed``."""
+    save (``group`` and ``join``, by which workers find each other, ``agree``, ``plan``,
+    ``compare``, ``write``, ``commit``, ``committed``), and ``done`` or ``failed``."""
     bytes_done: int
     """Of the phase: bytes copied, or bytes written."""
     bytes_total: int

@@ -7,16 +7,16 @@ at, and the end. Does not belong here: how a save runs (``in_thread``, ``in_proc
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dcp_engine.async_saver.in_process import Parcel, ProcessSaver
 from dcp_engine.async_saver.in_thread import report_failure, save_here
 from dcp_engine.async_saver.job import SaveJob
-from dcp_engine.async_saver.response import AsyncCheckpointerType, AsyncSaveResponse
+from dcp_engine.async_saver.response import AsyncCheckpointerType, AsyncSaveResponse, Progress
 from dcp_engine.async_saver.snapshot import (
     ColumnSnapshot,
     CustomSnapshot,
@@ -25,11 +25,13 @@ from dcp_engine.async_saver.snapshot import (
     StateSnapshot,
     take_snapshot,
 )
-from dcp_engine.errors import CoordinationError, StagingError, UsageError
+from dcp_engine.async_saver.staging_time import await_staging, deadline_of_staging
+from dcp_engine.errors import StagingError, UsageError
 from dcp_engine.executors.ordered_thread import OrderedThread
 from dcp_engine.metadata import Metadata
 from dcp_engine.planner import SavePlanner
 from dcp_engine.saver.save import checkpoint_name, content_of, require_writer
+from dcp_engine.staging.arena_stager import no_check
 from dcp_engine.staging.stagers import AsyncStager, DefaultStager
 
 __all__ = ["AsyncSaver", "LowMemory"]
@@ -51,6 +53,9 @@ class AsyncSaver:
 
     def __init__(self, rank: int, *, max_pending: int = 1) -> None:
         self._stager = DefaultStager(arenas=max_pending)
+        self._second_stager: DefaultStager | None = None
+        """For the thread: what a custom stager has staged is copied once more for a worker. Not
+        into the first one's arenas, which saves further back in the line may hold."""
         self._thread = OrderedThread("dcp_engine-async-saves")
         self._process = ProcessSaver(rank)
         self._responses: list[AsyncSaveResponse] = []
@@ -87,7 +92,6 @@ class AsyncSaver:
             require_writer(job.writer)
             if for_worker:
                 job.session.handle()  # whether a worker can reach the session
-                self._process.start()
             snapshot = self._take(
                 job,
                 state_dict,
@@ -104,7 +108,14 @@ class AsyncSaver:
             raise
         response = AsyncSaveResponse(snapshot.completion, snapshot.progress)
         self._responses.append(response)
-        self._thread.submit(lambda: self._run(job, snapshot, parcel, response, for_worker))
+        order = _Order(
+            job=job,
+            snapshot=snapshot,
+            parcel=parcel,
+            for_worker=for_worker,
+            on_low_memory=on_low_memory,
+        )
+        self._thread.submit(lambda: self._run(order, response))
         if isinstance(snapshot, DirectSnapshot):
             wait_for([response])
         return response
@@ -142,13 +153,17 @@ class AsyncSaver:
         """Forget the worker's plans."""
         self._process.forget_plans()
 
+    def drain(self, timeout: float | None) -> bool:
+        """Wait for pending saves; whether there are none left after ``timeout`` seconds."""
+        return self._thread.wait_idle(timeout)
+
     def close(self, timeout: float | None) -> BaseException | None:
         """Wait for pending saves, then release memory and worker. Any number of times.
 
         Args:
             timeout: seconds to wait; what is pending then fails, or is left to its thread.
         Returns:
-            The first failure that nobody has looked at.
+            The first failure that nobody has looked at; the others are logged.
         """
         self._closed = True
         drained = self._thread.close(timeout)
@@ -163,8 +178,13 @@ class AsyncSaver:
             # Its worker is gone: a save by a process ends now. One by a thread may go on.
             drained = self._thread.close(_LAST_PATIENCE)
         if drained:
-            self._stager.close()
-        return self._first_unseen()
+            for stager in (self._stager, self._second_stager):
+                if stager is not None:
+                    stager.close()
+        failure = self._next_unseen()
+        while (another := self._next_unseen()) is not None:
+            logger.error("another asynchronous save failed", exc_info=another)
+        return failure
 
     # -- the calling thread --------------------------------------------------------------------
 
@@ -179,18 +199,7 @@ class AsyncSaver:
         for_worker: bool,
         on_low_memory: LowMemory,
     ) -> Snapshot:
-        timeout = job.options.deadlines.timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def check() -> None:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise CoordinationError(
-                    f"no staging memory was free within {timeout} s: an earlier save holds it",
-                    kind="timeout",
-                    checkpoint=job.checkpoint_id,
-                    hint="wait for earlier saves, or allow more of them with max_pending=",
-                )
-
+        check = deadline_of_staging(job)
         try:
             return take_snapshot(
                 job,
@@ -217,22 +226,27 @@ class AsyncSaver:
             )
 
     def _packed(self, job: SaveJob, snapshot: Snapshot) -> Parcel | None:
-        """What the worker is going to be sent, if it is known yet."""
-        if not isinstance(snapshot, ColumnSnapshot | StateSnapshot):
+        """What the worker is going to be sent, if it is known yet. Has a worker from here on, not
+        before: a new one takes a processor for seconds, which the copy needs now."""
+        if isinstance(snapshot, DirectSnapshot):
             return None
         try:
+            self._process.start()
+            if not isinstance(snapshot, ColumnSnapshot | StateSnapshot):
+                return None
             return self._process.pack(job, snapshot)
         except BaseException:
             snapshot.release()
             raise
 
     def _raise_unseen(self) -> None:
-        error = self._first_unseen()
+        error = self._next_unseen()
         self._responses = [r for r in self._responses if not r.done() or r.unseen_failure()]
         if error is not None:
             raise error
 
-    def _first_unseen(self) -> BaseException | None:
+    def _next_unseen(self) -> BaseException | None:
+        """A failure that nobody has looked at; once."""
         for response in self._responses:
             error = response.unseen_failure()
             if error is not None:
@@ -247,70 +261,78 @@ class AsyncSaver:
 
     # -- the thread of the saves ---------------------------------------------------------------
 
-    def _run(
-        self,
-        job: SaveJob,
-        snapshot: Snapshot,
-        parcel: Parcel | None,
-        response: AsyncSaveResponse,
-        for_worker: bool,
-    ) -> None:
+    def _run(self, order: _Order, response: AsyncSaveResponse) -> None:
         try:
-            metadata = self._save(job, snapshot, parcel, response, for_worker)
+            metadata = self._save(order, response.tell)
         except BaseException as error:
-            snapshot.release()
+            order.snapshot.release()
             response.set_exception(error)
         else:
-            snapshot.release()
+            order.snapshot.release()
             response.set_result(metadata)
 
-    def _save(
-        self,
-        job: SaveJob,
-        snapshot: Snapshot,
-        parcel: Parcel | None,
-        response: AsyncSaveResponse,
-        for_worker: bool,
-    ) -> Metadata:
+    def _save(self, order: _Order, tell: Callable[[Progress], None]) -> Metadata:
+        job, snapshot, parcel = order.job, order.snapshot, order.parcel
         try:
-            snapshot.completion.result()
-            if for_worker and isinstance(snapshot, CustomSnapshot):
-                parcel = self._restage(job, snapshot)
+            await_staging(job, snapshot)
+            if order.for_worker and isinstance(snapshot, CustomSnapshot):
+                parcel = self._restaged(order, snapshot)
         except BaseException as error:
             report_failure(job, error, "staging")
         if parcel is not None:
             try:
-                return self._process.save(job, parcel, response.tell)
+                return self._process.save(job, parcel, tell)
             finally:
                 parcel.snapshot.release()
         return save_here(
             job,
             snapshot.content(),
-            tell=response.tell,
+            tell=tell,
             total=snapshot.progress().bytes_total,
-            beside_workers=for_worker and job.options.use_collectives,
+            beside_workers=order.for_worker and job.options.use_collectives,
         )
 
     def _touch(self) -> None:
         for arena in self._stager.arenas.free_arenas():
             self._process.touch(arena, arena.present())
 
-    def _restage(self, job: SaveJob, custom: CustomSnapshot) -> Parcel | None:
-        """A worker reads the engine's staging memory only: once more, off the caller's path."""
-        snapshot = take_snapshot(
-            job,
-            custom.state_dict(),
-            planner=custom.planner,
-            stager=self._stager,
-            background=False,
-            for_worker=True,
-            check=lambda: None,
-        )
-        return self._packed(job, snapshot)
+    def _restaged(self, order: _Order, custom: CustomSnapshot) -> Parcel | None:
+        """A worker reads the engine's staging memory only: once more, off the caller's path. None
+        where there is no memory for that, and this process may save what there is."""
+        if self._second_stager is None:
+            self._second_stager = DefaultStager()
+        try:
+            snapshot = take_snapshot(
+                order.job,
+                custom.state_dict(),
+                planner=custom.planner,
+                stager=self._second_stager,
+                background=False,
+                for_worker=True,
+                check=no_check,
+            )
+        except StagingError as error:
+            if error.kind != "out_of_memory" or order.on_low_memory != "sync":
+                raise
+            where = checkpoint_name(order.job.checkpoint_id, order.job.writer)
+            logger.warning("saving %s without the worker: %s", where, error.message)
+            return None
+        return self._packed(order.job, snapshot)
 
 
 _LAST_PATIENCE = 5.0
 """Seconds for a save whose worker was ended, to say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What the thread of the saves has to do."""
+
+    job: SaveJob
+    snapshot: Snapshot
+    parcel: Parcel | None
+    for_worker: bool
+    on_low_memory: LowMemory
 
 
 def _tell_others(job: SaveJob, error: BaseException) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.object_blob import pack_objects
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.default_planner import DefaultSavePlanner
 from dcp_engine.format.object_codec import EncodedObject
@@ -29,6 +30,7 @@ from dcp_engine.saver.prepare import PreparedState, prepare
 from dcp_engine.saver.save import ColumnContent, ItemContent, content_of, takes_columns
 from dcp_engine.staging.arena_stager import Sources, Staging
 from dcp_engine.staging.stagers import AsyncStager, DefaultStager, StagedState
+from dcp_engine.state.flatten import resolve_stateful
 from dcp_engine.storage import Check
 
 __all__ = [
@@ -40,7 +42,6 @@ __all__ = [
     "take_snapshot",
 ]
 
-_BLOB_GRAIN = 4096
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
@@ -85,7 +86,9 @@ def take_snapshot(
         StagingError: too little memory; nothing was touched.
     """
     if type(stager) is not DefaultStager:
-        return CustomSnapshot(job, stager, stager.stage(dict(state_dict)), planner)
+        # A stager knows nothing of ``Stateful``, and asking one later would be asking too late.
+        plain, _ = resolve_stateful(state_dict)
+        return CustomSnapshot(job, stager, stager.stage(plain), planner)
     background = background or stager.config.use_async_staging
     chosen = planner if planner is not None else DefaultSavePlanner()
     if isinstance(chosen, DefaultSavePlanner) and takes_columns(job.writer, chosen):
@@ -119,7 +122,8 @@ def _take_columns(
         own_share_only=not options.use_collectives,
         compare=False,
     )
-    blob = _blob(prepared) if for_worker else _NOTHING
+    names = prepared.source.plan.objects.names
+    blob = pack_objects(names, prepared.objects) if for_worker else _NOTHING
     staging = stager.arenas.begin(
         Sources(
             tensors=[*prepared.source.tensors, blob],
@@ -139,16 +143,6 @@ def _take_columns(
         and (options.strict_replicas or planner.strict_replicas),
         compares=job.compares,
     )
-
-
-def _blob(prepared: PreparedState) -> torch.Tensor:
-    """All objects, one behind the other in the order of the plan: (N,) uint8, padded so that the
-    places of tensors do not change with the length of an object."""
-    data = b"".join(prepared.objects[name].data for name in prepared.source.plan.objects.names)
-    size = _BLOB_GRAIN
-    while size < len(data):
-        size *= 2
-    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 class ColumnSnapshot(Snapshot):

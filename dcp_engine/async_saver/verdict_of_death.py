@@ -6,6 +6,7 @@ import logging
 import time
 
 from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.messages import COMMITTED
 from dcp_engine.coordination.failures import capture, exception_of
 from dcp_engine.errors import CheckpointError, CheckpointException
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord
@@ -21,14 +22,14 @@ _LOOK = 0.1
 
 
 def settle_dead_worker(
-    job: SaveJob, error: CheckpointError, *, save_id: str, committing: bool
+    job: SaveJob, error: CheckpointError, *, save_id: str, phase: str
 ) -> CommitRecord:
     """Tell the other ranks, and find out whether the save was committed all the same.
 
     Args:
         error: how the worker ended.
         save_id: as far as the worker told; empty if it had none.
-        committing: the worker was in the phase that commits.
+        phase: the last one that the worker told of.
     Returns:
         The commit, if it is proved.
     Raises:
@@ -40,33 +41,41 @@ def settle_dead_worker(
     except CheckpointError:
         logger.warning("the other ranks could not be told of the worker's end", exc_info=True)
         raise _in_doubt(job, error) from error
-    if outcome == "abort" or not save_id:
+    if not save_id:
+        raise failure_of(job, error) from error
+    if outcome == "abort" or phase == COMMITTED:
+        # Where all ranks had gone on and removed their keys, this proposal to abort came too late.
+        _, record = _find(job, save_id)
+        if record is not None:
+            return record
+        if phase == COMMITTED:
+            raise _in_doubt(job, error) from error
         raise failure_of(job, error) from error
     alone = outcome is None
     others_commit = not alone and job.session.rank != coordinator
     deadline = time.monotonic() + (_COMMIT_PATIENCE if others_commit else 0.0)
     while True:
-        record = _find(job, save_id)
+        looked, record = _find(job, save_id)
         if record is not None:
             return record
         if time.monotonic() >= deadline:
             break
         time.sleep(_LOOK)
-    known = isinstance(job.writer, ColumnarWriter) or not committing
-    if others_commit or not known:
+    if others_commit or (phase == "commit" and not looked):
         raise _in_doubt(job, error) from error
     raise failure_of(job, error) from error
 
 
-def _find(job: SaveJob, save_id: str) -> CommitRecord | None:
+def _find(job: SaveJob, save_id: str) -> tuple[bool, CommitRecord | None]:
+    """Whether the medium could be asked, and the commit, if it is there."""
     writer = job.writer
     if not isinstance(writer, ColumnarWriter):
-        return None
+        return False, None
     try:
-        return writer.find_commit(job.checkpoint_id, save_id)
+        return True, writer.find_commit(job.checkpoint_id, save_id)
     except CheckpointError:
         logger.warning("the checkpoint could not be looked at", exc_info=True)
-        return None
+        return False, None
 
 
 def failure_of(job: SaveJob, error: BaseException) -> CheckpointException:

@@ -32,6 +32,7 @@ class WatchedOperation(Operation):
         decide: Callable[[list[bytes]], Decision],
         *,
         decide_phase: str | None = None,
+        regardless: bool = False,
     ) -> tuple[bytes, bytes]:
         """See the interface."""
         self._enter(phase)
@@ -40,7 +41,9 @@ class WatchedOperation(Operation):
             self._enter(decide_phase or phase)
             return decide(messages)
 
-        return self._inner.step(phase, local, decide_watched, decide_phase=decide_phase)
+        return self._inner.step(
+            phase, local, decide_watched, decide_phase=decide_phase, regardless=regardless
+        )
 
     def check(self) -> None:
         """See the interface."""

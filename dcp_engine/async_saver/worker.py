@@ -9,12 +9,12 @@ from __future__ import annotations
 import pickle
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from dcp_engine.async_saver.messages import (
+    COMMITTED,
     SAVE,
     TOUCH,
     ColumnPart,
@@ -26,10 +26,11 @@ from dcp_engine.async_saver.messages import (
     decode,
     encode,
 )
+from dcp_engine.async_saver.object_blob import unpack_objects
 from dcp_engine.async_saver.snapshot import staged_columns
 from dcp_engine.async_saver.watched import WatchedOperation
 from dcp_engine.async_saver.worker_group import alone, join_group
-from dcp_engine.coordination.interface import Session, SessionHandle
+from dcp_engine.coordination.interface import Operation, Session, SessionHandle
 from dcp_engine.errors import CoordinationError, UsageError
 from dcp_engine.executors.process import (
     Handler,
@@ -38,7 +39,6 @@ from dcp_engine.executors.process import (
     loads,
 )
 from dcp_engine.executors.process.group import WorkerGroup
-from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.native_storage import ColumnarWriter
 from dcp_engine.planning.cache import PlanCache
 from dcp_engine.planning.local import LocalSource
@@ -130,34 +130,13 @@ class SaveHandler(Handler):
             number=save.number,
         ) as operation:
             watched = WatchedOperation(operation, news.look)
-            unpacked: list[_Unpacked] = []
-
-            def unpack() -> None:
-                """A step of the operation: if this fails, the other ranks are told."""
-                unpacked.append(self._unpack(save, arena))
-
-            def unpack_in_group() -> None:
-                unpack()
-                if place.group is not None:
-                    place.group.ensure(_ONLY_GENERATION)
-
-            generation = 0
-            if place.group is not None and place.session.world_size > 1:
-                generation = join_group(
-                    watched,
-                    joined=place.group.generation if dist.is_initialized() else 0,
-                    seen=max(save.generation, place.group.generation),
-                    ensure=place.group.ensure,
-                    before=unpack,
-                )
-            else:
-                alone(watched, unpack_in_group)
-            writer = news.writer = unpacked[0].writer
+            generation, unpacked = self._unpack_in_group(watched, save, arena, place)
+            news.writer = unpacked.writer
             saved = carry_out(
                 watched,
-                unpacked[0].content,
+                unpacked.content,
                 checkpoint_id=save.checkpoint_id,
-                writer=writer,
+                writer=unpacked.writer,
                 identity=place.session.identity,
                 rank=save.rank,
                 world_size=save.world_size,
@@ -166,11 +145,40 @@ class SaveHandler(Handler):
                 announce=news.announce,
                 by_worker=True,
             )
-        return SaveAnswer(
-            generation=generation,
-            record=saved.record,
-            metadata=b"" if saved.record is not None else pickle.dumps(saved.metadata),
+            # Before the other ranks can be gone: if this process dies now, its parent knows.
+            news.look(COMMITTED)
+            return SaveAnswer(
+                generation=generation,
+                record=saved.record,
+                metadata=b"" if saved.record is not None else pickle.dumps(saved.metadata),
+            )
+
+    def _unpack_in_group(
+        self, operation: Operation, save: SaveRequest, arena: Arena, place: _Place
+    ) -> tuple[int, _Unpacked]:
+        """In a step of the operation, so that the other ranks are told if it fails; and be in the
+        workers' group. Returns its generation too, 0 if no other rank is in it."""
+        unpacked: list[_Unpacked] = []
+
+        def unpack() -> None:
+            unpacked.append(self._unpack(save, arena))
+
+        def unpack_and_be_alone() -> None:
+            unpack()
+            if place.group is not None:
+                place.group.ensure(_ONLY_GENERATION)
+
+        if place.group is None or place.session.world_size == 1:
+            alone(operation, unpack_and_be_alone)
+            return 0, unpacked[0]
+        generation = join_group(
+            operation,
+            joined=place.group.generation if dist.is_initialized() else 0,
+            seen=max(save.generation, place.group.generation),
+            ensure=place.group.ensure,
+            before=unpack,
         )
+        return generation, unpacked[0]
 
     def _unpack(self, save: SaveRequest, arena: Arena) -> _Unpacked:
         writer: StorageWriter = loads(save.writer)
@@ -257,21 +265,8 @@ def _columns(part: ColumnPart, structure: ColumnStructure, arena: Arena) -> Colu
             tensors=tuple(tensors),
             replicated_objects=structure.replicated_objects,
         ),
-        _objects(part, structure, blob.numpy().tobytes()),
+        unpack_objects(structure.plan.objects.names, blob.numpy().tobytes()),
         dedup_to_lowest_rank=part.dedup_to_lowest_rank,
         strict_replicas=part.strict_replicas,
         compares=part.compares,
     )
-
-
-def _objects(
-    part: ColumnPart, structure: ColumnStructure, blob: bytes
-) -> Mapping[str, EncodedObject]:
-    objects = {}
-    at = 0
-    for name, size, pickled in zip(
-        structure.plan.objects.names, part.object_sizes, part.object_pickled, strict=True
-    ):
-        objects[name] = EncodedObject(blob[at : at + size], pickled=pickled)
-        at += size
-    return objects

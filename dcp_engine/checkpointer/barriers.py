@@ -14,11 +14,11 @@ import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed
 
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.types import RankInfo
 from dcp_engine.coordination.address import StoreAddress, connect
 from dcp_engine.coordination.identity import run_identity
@@ -44,7 +44,7 @@ _distributed: Any = torch.distributed
 """The store classes, which torch's type stubs know only in part."""
 
 
-class Barrier(abc.ABC):
+class Barrier(Closing):
     """A barrier among ranks. A context manager.
 
     Derive from it, override ``execute_barrier``, and give the class a ``barrier_type`` and the
@@ -57,7 +57,7 @@ class Barrier(abc.ABC):
     """Whether a writer may leave ``execute_barrier`` out, because its commit is one among the
     same ranks."""
 
-    def __init__(self, **kwargs: Any) -> None:  # noqa: B027 - nothing to do, for super() to reach
+    def __init__(self, **kwargs: Any) -> None:
         """``kwargs`` are the subclass's own."""
 
     @classmethod
@@ -75,19 +75,8 @@ class Barrier(abc.ABC):
         numbers that the caller counts (``Session.begin(number=...)``)."""
         return None
 
-    def close(self) -> None:  # noqa: B027 - optional
+    def close(self) -> None:
         """Release what is held. May be called twice."""
-
-    def __enter__(self) -> Barrier:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 _Class = TypeVar("_Class", bound=type[Barrier])

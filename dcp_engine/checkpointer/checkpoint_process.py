@@ -14,10 +14,10 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from dcp_engine.checkpointer.checkpoint_writer import CheckpointWriter
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.parcels import ArenaNumbers, HeldState, hold_state
 from dcp_engine.checkpointer.process_protocol import (
     ChildSettings,
@@ -65,7 +65,7 @@ class CheckpointProcessConfig:
     child is killed."""
 
 
-class CheckpointProcess:
+class CheckpointProcess(Closing):
     """Writes checkpoints in a child process. A context manager.
 
     The child is started at once and kept. A write that fails does not end it; one that has died
@@ -194,17 +194,6 @@ class CheckpointProcess:
             self._turns.close()
             for stager in self._stagers:
                 stager.close()
-
-    def __enter__(self) -> CheckpointProcess:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

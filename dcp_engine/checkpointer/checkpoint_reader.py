@@ -7,9 +7,9 @@ Does not belong here: what is asked for (``requests``) and loading (``dcp_engine
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Any
 
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.errors import CheckpointNotFoundError, LoadMismatchError
 from dcp_engine.checkpointer.map_location import Placement
 from dcp_engine.checkpointer.requests import fill, request_all, request_some
@@ -42,7 +42,7 @@ _OPTIONS: dict[str, Any] = {"per_rank": "error", "allow_pickle": False}
 _PER_RANK: tuple[PerRankPolicy, ...] = ("error", "skip", "list")
 
 
-class CheckpointReader:
+class CheckpointReader(Closing):
     """Reads checkpoints of this layer and of ``dcp_engine.save``. A context manager.
 
     Each rank reads for itself, when it wants to. What is sharded comes in any sharding, or whole;
@@ -90,27 +90,16 @@ class CheckpointReader:
         """
         options = _read_options(kwargs, self._rank_info)
         placement = Placement(map_location)
-        for attempt in range(1, _ATTEMPTS + 1):
+        for _ in range(_ATTEMPTS - 1):
             try:
                 return self._read(os.fspath(path), state_dict, placement, options)
             except ConflictError as error:
-                if error.kind != "superseded" or attempt == _ATTEMPTS:
+                if error.kind != "superseded":
                     raise
-        raise UsageError("unreachable")
+        return self._read(os.fspath(path), state_dict, placement, options)
 
     def close(self) -> None:
         """Nothing is held between reads."""
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read(
         self,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from dcp_engine.checkpointer.barriers import Barrier
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.commit_hook import HookedOperation, WriterHook
 from dcp_engine.checkpointer.own_leaves import MarkedState
 from dcp_engine.checkpointer.sessions import Meeting, WriterSessions, WriteTurn
@@ -37,7 +37,7 @@ class CheckpointWriterConfig:
     """Seconds without a sign of life after which a rank counts as dead."""
 
 
-class CheckpointWriter:
+class CheckpointWriter(Closing):
     """Writes checkpoints that ``dcp_engine.load`` reads, together with the writers of the other
     ranks, by one commit. A context manager.
 
@@ -140,17 +140,6 @@ class CheckpointWriter:
         self._sessions.close()
         if self._barrier is not None:
             self._barrier.close()
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _save(
         self,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import abc
 import logging
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any
 
 from dcp_engine.checkpointer.checkpoint_process import CheckpointProcess
 from dcp_engine.checkpointer.checkpoint_reader import CheckpointReader, LoadMismatchError
 from dcp_engine.checkpointer.checkpoint_writer import CheckpointWriter
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.staging import CheckpointStager
 from dcp_engine.checkpointer.types import STATE_DICT
 from dcp_engine.checkpointer.utils import WriteFuture, wrap_future
@@ -25,7 +25,7 @@ __all__ = ["AsyncCheckpointer", "Checkpointer", "SyncCheckpointer"]
 logger = logging.getLogger(__name__)
 
 
-class Checkpointer(abc.ABC):
+class Checkpointer(Closing):
     """Saves and loads checkpoints; owns what that takes. A context manager."""
 
     @abc.abstractmethod
@@ -72,36 +72,12 @@ class Checkpointer(abc.ABC):
             CheckpointNotFoundError: (a ``FileNotFoundError``) there is no checkpoint.
         """
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Release what is held. May be called twice."""
 
-    def __enter__(self) -> Checkpointer:
-        return self
+class _ReadingCheckpointer(Checkpointer):
+    """What both kinds share: a reader of their own."""
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class SyncCheckpointer(Checkpointer):
-    """Saves while the caller waits.
-
-    Args:
-        writer, reader: the parts; the writer is closed with this.
-    """
-
-    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
-        self._writer = writer
+    def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
-
-    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
-        """Save and commit; see ``CheckpointWriter.write``."""
-        self._writer.write(path, state_dict, **kwargs)
 
     def load(
         self,
@@ -112,15 +88,42 @@ class SyncCheckpointer(Checkpointer):
         strict: bool = False,
         **kwargs: Any,
     ) -> STATE_DICT:
-        """See ``Checkpointer.load``."""
-        return _load(self._reader, path, state_dict, default_map_location, strict, kwargs)
+        """See ``Checkpointer.load``. The caller waits; a write under way goes on."""
+        loaded, missing = self._reader.read(
+            path, state_dict, map_location=default_map_location, **kwargs
+        )
+        if strict and missing:
+            raise LoadMismatchError(
+                f"the checkpoint lacks {len(missing)} keys: {', '.join(missing[:10])}"
+                f"{', ...' if len(missing) > 10 else ''}",
+                kind="missing_key",
+                checkpoint=path,
+                hint="leave them out, or load with strict=False",
+            )
+        return loaded
+
+
+class SyncCheckpointer(_ReadingCheckpointer):
+    """Saves while the caller waits.
+
+    Args:
+        writer, reader: the parts; the writer is closed with this.
+    """
+
+    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
+        super().__init__(reader)
+        self._writer = writer
+
+    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
+        """Save and commit; see ``CheckpointWriter.write``."""
+        self._writer.write(path, state_dict, **kwargs)
 
     def close(self) -> None:
         """Close the writer."""
         self._writer.close()
 
 
-class AsyncCheckpointer(Checkpointer):
+class AsyncCheckpointer(_ReadingCheckpointer):
     """Copies while the caller waits, or in the background, and has a process write the copy.
 
     Args:
@@ -136,9 +139,9 @@ class AsyncCheckpointer(Checkpointer):
         checkpoint_process: CheckpointProcess,
         reader: CheckpointReader,
     ) -> None:
+        super().__init__(reader)
         self._stager = checkpoint_stager
         self._process = checkpoint_process
-        self._reader = reader
         self._write_future: Future[None] | None = None
         self._closed = False
 
@@ -189,18 +192,6 @@ class AsyncCheckpointer(Checkpointer):
             return
         raise failure
 
-    def load(
-        self,
-        path: str,
-        state_dict: STATE_DICT | None = None,
-        *,
-        default_map_location: Any = None,
-        strict: bool = False,
-        **kwargs: Any,
-    ) -> STATE_DICT:
-        """See ``Checkpointer.load``. The caller waits; a write under way goes on."""
-        return _load(self._reader, path, state_dict, default_map_location, strict, kwargs)
-
     def close(self) -> None:
         """Wait for the write under way, and end the process.
 
@@ -224,23 +215,3 @@ def _failed(error: BaseException) -> Future[STATE_DICT]:
     failed: Future[STATE_DICT] = Future()
     failed.set_exception(error)
     return failed
-
-
-def _load(
-    reader: CheckpointReader,
-    path: str,
-    state_dict: STATE_DICT | None,
-    map_location: Any,
-    strict: bool,
-    kwargs: dict[str, Any],
-) -> STATE_DICT:
-    loaded, missing = reader.read(path, state_dict, map_location=map_location, **kwargs)
-    if strict and missing:
-        raise LoadMismatchError(
-            f"the checkpoint lacks {len(missing)} keys: {', '.join(missing[:10])}"
-            f"{', ...' if len(missing) > 10 else ''}",
-            kind="missing_key",
-            checkpoint=path,
-            hint="leave them out, or load with strict=False",
-        )
-    return loaded

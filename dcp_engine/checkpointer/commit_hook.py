@@ -52,6 +52,7 @@ class HookedOperation(Operation):
         decide: Callable[[list[bytes]], Decision],
         *,
         decide_phase: str | None = None,
+        regardless: bool = False,
     ) -> tuple[bytes, bytes]:
         """See the interface."""
 
@@ -61,7 +62,9 @@ class HookedOperation(Operation):
             return report
 
         chosen = local_and_hook if phase == _WRITE_PHASE else local
-        return self._inner.step(phase, chosen, decide, decide_phase=decide_phase)
+        return self._inner.step(
+            phase, chosen, decide, decide_phase=decide_phase, regardless=regardless
+        )
 
     def check(self) -> None:
         """See the interface."""

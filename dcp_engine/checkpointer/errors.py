@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from dcp_engine.errors import CheckpointError, NotFoundError, StateMismatchError
 
 __all__ = ["CheckpointNotFoundError", "LoadMismatchError"]
 
 
-class LoadMismatchError(StateMismatchError, RuntimeError):
-    """What is asked for does not fit the checkpoint."""
+class _Builtin(CheckpointError):
+    """One that is a builtin as well."""
 
     __str__ = CheckpointError.__str__
 
     @classmethod
-    def of(cls, error: StateMismatchError) -> LoadMismatchError:
-        """The same error."""
+    def of(cls, error: CheckpointError) -> Self:
+        """The same error, as this class."""
         return cls(
             error.message,
             kind=error.kind,
@@ -26,19 +28,9 @@ class LoadMismatchError(StateMismatchError, RuntimeError):
         )
 
 
-class CheckpointNotFoundError(NotFoundError, FileNotFoundError):
+class LoadMismatchError(_Builtin, StateMismatchError, RuntimeError):
+    """What is asked for does not fit the checkpoint."""
+
+
+class CheckpointNotFoundError(_Builtin, NotFoundError, FileNotFoundError):
     """There is no committed checkpoint to read."""
-
-    __str__ = CheckpointError.__str__
-
-    @classmethod
-    def of(cls, error: NotFoundError) -> CheckpointNotFoundError:
-        """The same error."""
-        return cls(
-            error.message,
-            kind=error.kind,
-            checkpoint=error.checkpoint,
-            file=error.file,
-            rank=error.rank,
-            hint=error.hint,
-        )

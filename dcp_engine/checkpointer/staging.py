@@ -11,9 +11,9 @@ import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.own_leaves import shared_names
 from dcp_engine.checkpointer.types import STATE_DICT
 from dcp_engine.errors import UsageError
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-class CheckpointStager(abc.ABC):
+class CheckpointStager(Closing):
     """Makes the copy that is written while training goes on. A context manager."""
 
     @abc.abstractmethod
@@ -46,21 +46,6 @@ class CheckpointStager(abc.ABC):
         Args:
             kwargs: those of the checkpointer's ``save``.
         """
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Release what the stager holds. May be called twice."""
-
-    def __enter__(self) -> CheckpointStager:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @dataclass

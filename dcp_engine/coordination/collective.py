@@ -61,6 +61,8 @@ class _Verdict(msgspec.Struct, frozen=True):
     common: bytes = b""
     answer: bytes = b""
     failures: list[FailureRecord] = []
+    deciding: bool = False
+    """It was ``decide`` that failed."""
     decision: Outcome | None = None
 
 
@@ -98,6 +100,7 @@ class CollectiveOperation(Operation):
         decide: Callable[[list[bytes]], Decision],
         *,
         decide_phase: str | None = None,
+        regardless: bool = False,
     ) -> tuple[bytes, bytes]:
         """Gather, decide, scatter; see the interface."""
         if self._closed:
@@ -108,7 +111,7 @@ class CollectiveOperation(Operation):
                 hint="without a store one operation runs at a time",
             )
         try:
-            return self._run(phase, local, decide, decide_phase or phase)
+            return self._run(phase, local, decide, decide_phase or phase, regardless)
         finally:
             self._busy.release()
 
@@ -118,12 +121,14 @@ class CollectiveOperation(Operation):
         local: Callable[[], bytes],
         decide: Callable[[list[bytes]], Decision],
         decide_phase: str,
+        regardless: bool,
     ) -> tuple[bytes, bytes]:
         self._step += 1
         self._clock.enter(phase)
         payload, raised, failure = b"", None, None
         try:
-            self.check()
+            if not regardless:
+                self.check()
             payload = bytes(local())
         except BaseException as error:
             raised, failure = error, capture(self.rank, error, skip_frames=1)
@@ -139,9 +144,10 @@ class CollectiveOperation(Operation):
         if raised is not None and raised_by_exit(raised):
             raise raised
         if verdict.failures:
+            failed_in = decide_phase if verdict.deciding else phase
             raise exception_of(
                 verdict.failures,
-                doing=f'{self._heading.kind} in phase "{phase}"',
+                doing=f'{self._heading.kind} in phase "{failed_in}"',
                 checkpoint=self._heading.checkpoint,
                 local=None if raised is None else (self.rank, raised),
             ) from raised
@@ -182,7 +188,8 @@ class CollectiveOperation(Operation):
                 failures = [capture(self.rank, error, skip_frames=1)]
         # All ranks are about to hear of the failure: what is not committed by now will not be.
         final = self._propose("abort")
-        return [_Verdict(failures=failures, decision=final)] * self.world_size, raised
+        verdict = _Verdict(failures=failures, deciding=raised is not None, decision=final)
+        return [verdict] * self.world_size, raised
 
     # -- talking -------------------------------------------------------------------------------
 

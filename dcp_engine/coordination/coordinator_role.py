@@ -51,6 +51,7 @@ class CoordinatorRole(Role):
         self._missed: set[int] = set()
         self._verdict_text: tuple[str, str] | None = None
         self._first_failure: float | None = None
+        self._failed_in = ""
         self._own_failed = False
 
     # -- the calling thread asks ---------------------------------------------------------------
@@ -122,7 +123,7 @@ class CoordinatorRole(Role):
 
     def turn(self) -> float:
         """Look at the tally, and do what follows."""
-        if self.client.lost is not None or self.step < 0:
+        if self.client.lost is not None or self.step < 0 or self.left:
             return _NEVER
         now = self.clock.now()
         if self.outcome is None:
@@ -286,6 +287,9 @@ class CoordinatorRole(Role):
         if self._first_failure is not None:
             return
         self._first_failure = self.clock.now()
+        phases = {"deciding": self._decide_phase, "idle": ""}
+        # Between steps the others may be in the next one already: each says then where it is.
+        self._failed_in = phases.get(self._state, self._phase)
         self._next_poll = self._first_failure
         self.alarm.set()
         # so that ranks which report from now on see it in the answer
@@ -297,7 +301,11 @@ class CoordinatorRole(Role):
         text, kind = self._verdict_text or (None, None)
         if any(record.rank not in self._missed for record in self._failures):
             text = kind = None  # somebody failed for another reason: the first cause speaks
-        self._settle(FailureVerdict(records=bounded(self._failures), message=text, kind=kind))
+        self._settle(
+            FailureVerdict(
+                records=bounded(self._failures), message=text, kind=kind, phase=self._failed_in
+            )
+        )
 
     # -- events --------------------------------------------------------------------------------
 

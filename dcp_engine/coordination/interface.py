@@ -84,6 +84,7 @@ class Operation(abc.ABC):
         decide: Callable[[list[bytes]], Decision],
         *,
         decide_phase: str | None = None,
+        regardless: bool = False,
     ) -> tuple[bytes, bytes]:
         """Run ``local`` on every rank, then ``decide`` on the coordinator over what they
         returned (in rank order); return the decision's common bytes and this rank's own.
@@ -94,7 +95,8 @@ class Operation(abc.ABC):
         While ``local`` runs, a failure elsewhere is seen by ``check``. A rank that is missing or
         silent is named by ``CheckpointException`` with kind ``timeout`` or ``stalled``. A store
         that is gone is kind ``store_lost``. ``decide_phase`` names the second half in messages
-        and for ``Deadlines.phases`` (default: ``phase``).
+        and for ``Deadlines.phases`` (default: ``phase``). ``regardless``: call ``local`` even if
+        another rank has failed already, because this one has something to say of its own.
         """
 
     @abc.abstractmethod

@@ -54,6 +54,8 @@ class FailureVerdict(msgspec.Struct, frozen=True, array_like=True):
     records: list[FailureRecord]
     message: str | None = None
     kind: str | None = None
+    phase: str = ""
+    """Where the coordinator was; empty where it could not say."""
 
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)

@@ -85,6 +85,7 @@ class StoreOperation(Operation):
         decide: Callable[[list[bytes]], Decision],
         *,
         decide_phase: str | None = None,
+        regardless: bool = False,
     ) -> tuple[bytes, bytes]:
         """Run ``local`` everywhere and ``decide`` on the coordinator; see the interface."""
         self._refuse_if_closed()
@@ -97,7 +98,8 @@ class StoreOperation(Operation):
         try:
             self._started().ask(lambda role: role.begin_step(step, phase, second))
             try:
-                self.check()
+                if not regardless:
+                    self.check()
                 payload = bytes(local())
             except BaseException as error:
                 self._fail(phase, error)
@@ -203,7 +205,7 @@ class StoreOperation(Operation):
     ) -> CheckpointException:
         return exception_of(
             verdict.records,
-            doing=f'{self._heading.kind} in phase "{phase}"',
+            doing=f'{self._heading.kind} in phase "{verdict.phase or phase}"',
             checkpoint=self._heading.checkpoint,
             message=verdict.message,
             kind=verdict.kind,

@@ -41,7 +41,7 @@ class ParticipantRole(Role):
 
     def turn(self) -> float:
         """One heartbeat, or one wait for the coordinator."""
-        if self.client.lost is not None:
+        if self.client.lost is not None or self.left:
             return _NEVER
         if self.pending is None:
             return self._beat()

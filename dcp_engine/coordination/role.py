@@ -122,6 +122,8 @@ class Role(abc.ABC):
         self.outcome: FailureVerdict | None = None
         self.step = -1
         self.pending: Future[Reply] | None = None
+        self.left = False
+        """The keys are removed, and whatever is written from now on would stay for ever."""
 
     @abc.abstractmethod
     def turn(self) -> float:
@@ -181,6 +183,7 @@ class Role(abc.ABC):
 
         A rank that leaves early leaves its keys: the coordinator may be about to read them.
         """
+        self.left = True
         if clean:
             for key in own:
                 self.client.delete(key)

@@ -5,50 +5,48 @@ from __future__ import annotations
 import atexit
 import copy
 import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import EllipsisType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch.utils.hooks import RemovableHandle
 
 from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaver, AsyncSaveResponse, SaveJob
 from dcp_engine.async_saver.saver import LowMemory
 from dcp_engine.coordination.collective import CollectiveSession
-from dcp_engine.coordination.group import describe_group
-from dcp_engine.coordination.identity import run_identity
-from dcp_engine.coordination.interface import Deadlines, Session
-from dcp_engine.coordination.open_session import open_session
-from dcp_engine.coordination.single import SingleSession
+from dcp_engine.coordination.interface import Session
+from dcp_engine.engine.arguments import (
+    CheckpointId,
+    TimeLimits,
+    Timeout,
+    required_place,
+    text_of,
+)
 from dcp_engine.engine.lookup import agree_on_latest
-from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
-from dcp_engine.format.names import is_save_id, new_save_id
+from dcp_engine.engine.save_ids import SaveIds
+from dcp_engine.engine.sessions import Place, Sessions
+from dcp_engine.errors import StorageError, UsageError
+from dcp_engine.executors.main_end import call_at_main_end
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.loader.options import LOAD_PHASES, SHARED_READS, PerRankPolicy, SharedReads
 from dcp_engine.loader.verify import VerifyLevel
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata
 from dcp_engine.planner import LoadPlanner, SavePlanner
-from dcp_engine.registry import BackendRegistry
+from dcp_engine.registry import BackendRegistry, Unavailable
 from dcp_engine.saver import PlanMemory, SaveOptions, save
 from dcp_engine.saver.options import ASYNC_SAVE_PHASES, SAVE_PHASES, ExtraContent
 from dcp_engine.saver.save import extra_contents
 from dcp_engine.staging.hooks import install_staging_hook
 from dcp_engine.staging.stagers import AsyncStager
-from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader, StorageWriter
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-Timeout = float | timedelta | None
-CheckpointId = str | os.PathLike[str] | None
 
 
 class Engine:
@@ -81,18 +79,15 @@ class Engine:
         drain_at_exit: bool = True,
         drain_timeout: float | None = 600.0,
     ) -> None:
-        self._process_group = process_group
-        self._timeout = timeout
-        self._stall_timeout = stall_timeout
-        self._connect_timeout = connect_timeout
+        self._limits = TimeLimits(timeout=timeout, stall_timeout=stall_timeout)
+        self._sessions = Sessions(process_group, connect_timeout=connect_timeout)
+        self._save_ids = SaveIds()
         self._max_pending = max_pending
         self._drain_at_exit = drain_at_exit
         self._drain_timeout = drain_timeout
         self._async: AsyncSaver | None = None
-        self._session: Session | None = None
-        self._alone: Session | None = None
-        self._collective_free_saves = 0
-        self._closed = False
+        self._patience_is_over = False
+        """At the end of the program ``drain_timeout`` was not enough."""
         self._owner = os.getpid()
         self._registry = BackendRegistry()
         self._plans = PlanMemory()
@@ -119,24 +114,21 @@ class Engine:
     ) -> Metadata:
         """See :func:`dcp_engine.save`."""
         writer = self._writer(checkpoint_id, storage_writer)
-        place = self._place(no_dist)
+        place = self._sessions.place(no_dist)
         options = SaveOptions(
-            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, SAVE_PHASES),
+            deadlines=self._limits.deadlines(timeout, stall_timeout, phase_timeouts, SAVE_PHASES),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
             extra_files=dict(extra_files or {}),
             user_metadata=dict(user_metadata or {}),
-            save_id=self._save_id(place, use_collectives, save_id),
+            save_id=self._save_ids.choose(place, use_collectives=use_collectives, given=save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
-        limit = options.deadlines.timeout
         return save(
-            self._session_for(no_dist, limit, checkpoint_id)
-            if use_collectives
-            else self._session_alone(),
+            self._session(no_dist, use_collectives, options, checkpoint_id),
             state_dict,
-            checkpoint_id=_text(checkpoint_id),
+            checkpoint_id=text_of(checkpoint_id),
             writer=writer,
             planner=planner,
             group=place.group,
@@ -175,26 +167,23 @@ class Engine:
         writer = self._writer(checkpoint_id, storage_writer)
         if async_stager is None and isinstance(writer, AsyncStager):
             async_stager = writer
-        place = self._place(no_dist)
+        place = self._sessions.place(no_dist)
         options = SaveOptions(
-            deadlines=self._deadlines(timeout, stall_timeout, phase_timeouts, ASYNC_SAVE_PHASES),
+            deadlines=self._limits.deadlines(
+                timeout, stall_timeout, phase_timeouts, ASYNC_SAVE_PHASES
+            ),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
             extra_files=dict(extra_files or {}),
             user_metadata=copy.deepcopy(dict(user_metadata or {})),
-            save_id=self._save_id(place, use_collectives, save_id),
+            save_id=self._save_ids.choose(place, use_collectives=use_collectives, given=save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
         # What lies in files now is what is saved, not what will lie there in a minute.
         mine = place.group.rank == coordinator_rank
         options = replace(options, extra_files=extra_contents(options) if mine else {})
-        limit = options.deadlines.timeout
-        session = (
-            self._session_for(no_dist, limit, checkpoint_id)
-            if use_collectives
-            else self._session_alone()
-        )
+        session = self._session(no_dist, use_collectives, options, checkpoint_id)
         if isinstance(session, CollectiveSession):
             raise UsageError(
                 "an asynchronous save needs a store: over the process group its messages would "
@@ -204,7 +193,7 @@ class Engine:
         job = SaveJob(
             session=session,
             number=session.take_number(),
-            checkpoint_id=_text(checkpoint_id),
+            checkpoint_id=text_of(checkpoint_id),
             writer=writer,
             group=place.group,
             world_size=place.world_size,
@@ -229,7 +218,7 @@ class Engine:
         async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.PROCESS,
     ) -> None:
         """Make ready for asynchronous saves of ``state_dict``, so that the first costs training
-        no more than the later ones: spawn the worker, size and touch the staging memory, import
+        no more than the later ones: spawn the worker, size and touch memory for one copy, import
         the storage backend. Every rank that will save calls it; it says nothing to the other ranks
         but to open the session.
 
@@ -242,8 +231,8 @@ class Engine:
         """
         kind = AsyncCheckpointerType(async_checkpointer_type)
         self._registry.backend(os.curdir if checkpoint_id is None else checkpoint_id)
-        self._session_for(no_dist=False)
-        self._async_saver(self._place(no_dist=False)).warmup(state_dict, kind=kind)
+        self._sessions.get(no_dist=False)
+        self._async_saver(self._sessions.place(no_dist=False)).warmup(state_dict, kind=kind)
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Return when no asynchronous save reads the state any more; to be called before the
@@ -284,13 +273,13 @@ class Engine:
                 f"shared_reads is {shared_reads!r}",
                 hint=f"it is one of {', '.join(map(repr, SHARED_READS))}",
             )
-        deadlines = self._deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES)
+        deadlines = self._limits.deadlines(timeout, stall_timeout, phase_timeouts, LOAD_PHASES)
         found = None
         if latest_in is not None:
             if checkpoint_id is not None or storage_reader is not None:
                 raise UsageError("latest_in finds the checkpoint: name no other beside it")
             found = agree_on_latest(
-                self._session_for(no_dist, deadlines.timeout),
+                self._sessions.get(no_dist, deadlines.timeout),
                 self._registry,
                 latest_in,
                 verify=verify,
@@ -300,14 +289,15 @@ class Engine:
             checkpoint_id = found.checkpoint
         reader = storage_reader
         if reader is None:
-            reader = self._registry.reader(_required(checkpoint_id, "storage_reader"))
+            place = required_place(checkpoint_id, "storage_reader")
+            reader = _available(self._registry.reader, place)
         report = load(
-            self._session_for(no_dist, deadlines.timeout, checkpoint_id),
+            self._sessions.get(no_dist, deadlines.timeout, checkpoint_id),
             state_dict,
-            checkpoint_id=_text(checkpoint_id),
+            checkpoint_id=text_of(checkpoint_id),
             reader=reader,
             planner=planner,
-            group=self._place(no_dist).group,
+            group=self._sessions.place(no_dist).group,
             options=LoadOptions(
                 deadlines=deadlines,
                 coordinator_rank=coordinator_rank,
@@ -328,7 +318,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
-        return self._closed
+        return self._sessions.closed
 
     @property
     def worker_pid(self) -> int | None:
@@ -351,19 +341,22 @@ class Engine:
         by itself. Nothing in a fork, which has no part in the saves."""
         if os.getpid() != self._owner:
             return
-        failure = self._close(self._drain_timeout if self._drain_at_exit else 0.0)
+        wait = self._drain_at_exit and not self._patience_is_over
+        failure = self._close(self._drain_timeout if wait else 0.0)
         if failure is not None:
             logger.error("an asynchronous save failed", exc_info=failure)
 
     def _close(self, drain_timeout: float | None) -> BaseException | None:
-        self._closed = True
+        self._sessions.refuse_more()
         atexit.unregister(self.close_at_exit)
         failure = None if self._async is None else self._async.close(drain_timeout)
-        for session in (self._session, self._alone):
-            if session is not None:
-                session.close()
-        self._session = self._alone = None
+        self._sessions.close()
         return failure
+
+    def _drain_at_main_end(self) -> None:
+        """While threads and executors still take work. Training on another thread may go on."""
+        if self._async is not None and self._drain_at_exit and os.getpid() == self._owner:
+            self._patience_is_over = not self._async.drain(self._drain_timeout)
 
     def __enter__(self) -> Engine:
         return self
@@ -379,12 +372,13 @@ class Engine:
         else:
             self.close_at_exit()
 
-    def _async_saver(self, place: _Place) -> AsyncSaver:
-        self._refuse_if_closed()
+    def _async_saver(self, place: Place) -> AsyncSaver:
+        self._sessions.refuse_if_closed()
         if self._async is None:
             self._async = AsyncSaver(place.group.rank, max_pending=self._max_pending)
             # This holds the engine, so that no save is lost with an engine that nobody holds.
             atexit.register(self.close_at_exit)
+            call_at_main_end(self._drain_at_main_end)
         return self._async
 
     def _writer(
@@ -392,129 +386,25 @@ class Engine:
     ) -> StorageWriter:
         if storage_writer is not None:
             return storage_writer
-        return self._registry.writer(_required(checkpoint_id, "storage_writer"))
+        place = required_place(checkpoint_id, "storage_writer")
+        writer: StorageWriter = _available(self._registry.writer, place)
+        return writer
 
-    def _save_id(self, place: _Place, use_collectives: bool, save_id: str | None) -> str | None:
-        if not use_collectives:
-            return self._token(place, save_id)
-        if save_id is not None:
-            raise UsageError(
-                "save_id is for use_collectives=False; with collectives the coordinator makes one",
-                hint="leave save_id out",
-            )
-        return None
-
-    def _deadlines(
+    def _session(
         self,
-        timeout: Timeout | EllipsisType,
-        stall_timeout: Timeout | EllipsisType,
-        phases: Mapping[str, float] | None,
-        known: Sequence[str],
-    ) -> Deadlines:
-        unknown = [phase for phase in phases or {} if phase not in known]
-        if unknown:
-            raise UsageError(
-                f"phase_timeouts names {unknown}, which are no phases of this operation",
-                hint=f"its phases are {', '.join(known)}",
-            )
-        return Deadlines(
-            timeout=_seconds(self._timeout if isinstance(timeout, EllipsisType) else timeout),
-            stall_timeout=_seconds(
-                self._stall_timeout if isinstance(stall_timeout, EllipsisType) else stall_timeout
-            ),
-            phases=dict(phases or {}),
-        )
-
-    def _session_for(
-        self, no_dist: bool, timeout: float | None = None, checkpoint_id: CheckpointId = None
+        no_dist: bool,
+        use_collectives: bool,
+        options: SaveOptions,
+        checkpoint_id: CheckpointId,
     ) -> Session:
-        """The session with the ranks that ``no_dist`` leaves; opened at the first use, within the
-        ``timeout`` of the operation that needs it."""
-        if no_dist or not self._distributed:
-            return self._session_alone()
-        self._refuse_if_closed()
-        if self._session is None:
-            limit = min(self._connect_timeout, math.inf if timeout is None else timeout)
-            try:
-                self._session = open_session(self._process_group, connect_timeout=limit)
-            except CoordinationError as error:
-                raise CheckpointException(
-                    f"the ranks did not come together: {error.message}",
-                    kind=error.kind,
-                    checkpoint=checkpoint_id,
-                    hint=error.hint,
-                ) from error
-        return self._session
-
-    def _session_alone(self) -> Session:
-        self._refuse_if_closed()
-        if self._alone is None:
-            self._alone = SingleSession(run_identity(""))
-        return self._alone
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise UsageError("this engine is closed", hint="make a new dcp_engine.Engine")
-
-    def _place(self, no_dist: bool) -> _Place:
-        if no_dist or not self._distributed:
-            return _Place(group=GroupRanks(), world_size=1, name="")
-        info = describe_group(self._process_group)
-        return _Place(
-            group=GroupRanks(ranks=info.global_ranks, rank=info.rank),
-            world_size=info.world_size,
-            name=info.name,
-        )
-
-    def _token(self, place: _Place, save_id: str | None) -> str:
-        """The save id that all ranks of a collective-free save come to without talking."""
-        if save_id is not None:
-            if not is_save_id(save_id):
-                raise UsageError(
-                    f"save_id {save_id!r} is not 32 hexadecimal digits",
-                    hint="use uuid.uuid4().hex, the same on all ranks",
-                )
-            return save_id
-        number, self._collective_free_saves = (
-            self._collective_free_saves,
-            self._collective_free_saves + 1,
-        )
-        identity = run_identity(place.name)
-        if place.world_size == 1 and not identity.run_id:
-            return new_save_id()
-        if not identity.run_id:
-            raise UsageError(
-                "without collectives the ranks need a save id that they share, and this job has "
-                "no run id to make one of",
-                hint="pass save_id= (32 hexadecimal digits, the same on all ranks, new for each "
-                "save), or start the job with torchrun --rdzv-id",
-            )
-        words = (identity.run_id, identity.restart_count, place.name, number)
-        return xxhash.xxh3_128_hexdigest(repr(words).encode())
-
-    @property
-    def _distributed(self) -> bool:
-        return self._process_group is not None or (dist.is_available() and dist.is_initialized())
+        if not use_collectives:
+            return self._sessions.alone()
+        return self._sessions.get(no_dist, options.deadlines.timeout, checkpoint_id)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """This process in the group of an operation."""
-
-    group: GroupRanks
-    world_size: int
-    name: str
-
-
-def _seconds(value: Timeout) -> float | None:
-    return value.total_seconds() if isinstance(value, timedelta) else value
-
-
-def _text(checkpoint_id: CheckpointId) -> str | None:
-    return None if checkpoint_id is None else os.fspath(checkpoint_id)
-
-
-def _required(checkpoint_id: CheckpointId, other: str) -> str:
-    if checkpoint_id is None:
-        raise UsageError(f"neither checkpoint_id nor {other} was given", hint="give one of them")
-    return os.fspath(checkpoint_id)
+def _available(find: Callable[..., Any], place: str | os.PathLike[str]) -> Any:
+    """What ``find`` finds for ``place``; in its stead why not, for the operation to say."""
+    try:
+        return find(place)
+    except StorageError as error:
+        return Unavailable(error)

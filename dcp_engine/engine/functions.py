@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from dcp_engine.async_saver import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_engine.async_saver.saver import LowMemory
+from dcp_engine.engine.arguments import CheckpointId, Timeout
 from dcp_engine.engine.default import default_engine
-from dcp_engine.engine.engine import CheckpointId, Timeout
 from dcp_engine.engine.lookup import open_place
 from dcp_engine.loader import LoadReport
 from dcp_engine.loader.options import PerRankPolicy, SharedReads

@@ -29,6 +29,7 @@ __all__ = [
     "encode_list",
     "expand_column",
     "object_fields",
+    "parse_progression",
     "read",
     "refuse",
 ]
@@ -132,15 +133,21 @@ def expand_column(column: Column, count: int, limit: int, what: str) -> I64:
             return np.full(count, column, np.int64)
         return np.broadcast_to(np.int64(column), (count,))
     else:
-        match = _PROGRESSION.fullmatch(column)
-        if match is None:
+        progression = parse_progression(column)
+        if progression is None:
             refuse(f"{what}: {column[:40]!r} is not a column")
-        first, step = int(match.group(1)), int(match.group(2))
+        first, step = progression
         last = first + step * max(count - 1, 0)
         if not (0 <= first < limit and 0 <= last < limit and abs(step) < limit):
             refuse(f"{what}: {column} leaves 0 to {limit - 1}")
         return first + step * np.arange(count, dtype=np.int64)
     return check_range(values, limit, what)
+
+
+def parse_progression(column: str) -> tuple[int, int] | None:
+    """First value and step (not 0) of ``"start:step"``; None for any other text."""
+    match = _PROGRESSION.fullmatch(column)
+    return None if match is None else (int(match.group(1)), int(match.group(2)))
 
 
 def check_range(values: I64, limit: int, what: str) -> I64:

@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dcp_engine.format.json_columns import refuse
 from dcp_engine.format.stored import NO_OWNER, StoredObject, StoredTensor
-from dcp_engine.format.tensor_section import TensorSectionReader, WholeTensors
+from dcp_engine.format.tensor_section import TensorSectionReader, TiledTensors, WholeTensors
 
 __all__ = ["LazyMap", "TensorMap", "make_object_maps", "make_tensor_maps"]
 
@@ -57,8 +58,14 @@ class TensorMap(LazyMap[str, int, StoredTensor]):
     def whole(self, names: Sequence[str]) -> WholeTensors:
         """Those of ``names`` that are one chunk each, as columns and without an object for each;
         ``at`` counts in ``names``. The others have to be looked up one by one."""
-        rows = [self._sources.get(name, -1) for name in names]
-        return self._section.whole(np.array(rows, np.int64))
+        return self._section.whole(self._rows(names))
+
+    def tiled(self, names: Sequence[str]) -> Iterator[TiledTensors]:
+        """Those of ``names`` that are a few chunks each, likewise, in parts."""
+        return self._section.tiled(self._rows(names))
+
+    def _rows(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+        return np.array([self._sources.get(name, -1) for name in names], np.int64)
 
 
 TensorMaps = tuple[Mapping[str, StoredTensor], Mapping[str, Mapping[int, StoredTensor]]]

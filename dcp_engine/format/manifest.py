@@ -24,7 +24,7 @@ from dcp_engine.format.stored import (
     StoredObject,
     StoredTensor,
 )
-from dcp_engine.format.tensor_section import TensorSection, encode_tensor_section
+from dcp_engine.format.tensor_encoding import TensorSection, encode_tensor_section
 
 __all__ = [
     "FORMAT_VERSION",

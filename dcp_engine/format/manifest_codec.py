@@ -40,7 +40,8 @@ from dcp_engine.format.stored import (
     Manifest,
     StoredObject,
 )
-from dcp_engine.format.tensor_section import TensorSection, TensorSectionReader
+from dcp_engine.format.tensor_encoding import TensorSection
+from dcp_engine.format.tensor_section import TensorSectionReader
 
 __all__ = [
     "FORMAT_MAJOR",

@@ -1,17 +1,15 @@
-"""The part of a manifest that lists tensors and their chunks: columns <-> JSON.
+"""The part of a manifest that lists tensors and their chunks, as far as somebody asks for them.
 
-Belongs here: the layout of that section, both ways. Does not belong here: what the chunks mean
-(``stored``, ``tiling``) and the rest of the manifest (``manifest_codec``).
+Belongs here: reading that section (its layout: ``tensor_encoding``). Does not belong here: what the
+chunks mean (``stored``, ``tiling``) and the rest of the manifest (``manifest_codec``).
 
-Most tensors of most checkpoints are one chunk each or have one chunk a rank. The first kind
-("whole") shares two columns for all tensors; every other tensor has a table of its own, which
-stays undecoded JSON until the tensor is asked for.
+Tables stay undecoded JSON until their tensor is asked for, by itself or with others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -20,14 +18,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dcp_engine.errors import InvalidPlanError, UnsupportedStateError
-from dcp_engine.format.dtypes import DTypeInfo, by_name, info
+from dcp_engine.format.chunk_tables import MAX_DIMENSIONS, MAX_TABLE_BYTES, batches, decode_tables
+from dcp_engine.format.dtypes import DTypeInfo, by_name
 from dcp_engine.format.json_columns import (
     Column,
     decode_as,
-    encode_column,
-    encode_fields,
-    encode_list,
     expand_column,
     object_fields,
     read,
@@ -43,154 +38,17 @@ from dcp_engine.format.stored import (
     StoredTensor,
 )
 
-__all__ = ["TensorSection", "TensorSectionReader", "WholeTensors", "encode_tensor_section"]
+__all__ = [
+    "TensorSectionReader",
+    "TiledTensors",
+    "WholeTensors",
+]
 
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
-U8 = npt.NDArray[np.uint8]
-
 A = TypeVar("A", bound=npt.NDArray[Any])
 
-_NO_ROW = -1
-_encoder = msgspec.json.Encoder()
 _table_decoder = msgspec.json.Decoder(list[Column])
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSection:
-    """The encoded section. Depends only on the plan, so it can be kept with it."""
-
-    data: bytes
-    chunks: int
-    """Chunks in all tables."""
-
-
-def encode_tensor_section(
-    *,
-    names: Sequence[str],
-    dtypes: U8,
-    ndims: U8,
-    shapes: I64,
-    owners: I32,
-    aliases: I32,
-    chunk_tensor: I32,
-    chunk_offsets: I64,
-    chunk_sizes: I64,
-    chunk_file: I32,
-    chunk_start: I64,
-) -> TensorSection:
-    """Encode K tensors with C chunks, as ``planning.columns`` holds them.
-
-    ``dtypes`` (K,) codes, ``shapes`` (K, D) padded with 1, ``owners`` (K,) a rank or ``NO_OWNER``,
-    ``aliases`` (K,) row of the tensor that holds the data, or negative; ``chunk_tensor`` (C,)
-    ascending, ``chunk_offsets`` and ``chunk_sizes`` (C, D) padded with 0 and 1, ``chunk_file``
-    (C,) row of the data files, ``chunk_start`` (C,) relative to the file's data section.
-    Raises ``UnsupportedStateError`` for names that are not valid UTF-8 and for more chunks than
-    ``MAX_CHUNK_CELLS`` allows, ``InvalidPlanError`` for aliases that a reader would refuse.
-    """
-    _check_plan(names, dtypes, ndims, shapes, owners, aliases, chunk_tensor)
-    counts = np.bincount(chunk_tensor, minlength=len(names))
-    ends = np.cumsum(counts)
-    begins = ends - counts
-    # Whole: one chunk that is the tensor. Looked at for all tensors at once.
-    single = np.flatnonzero(counts == 1)
-    only = begins[single]
-    is_whole = (chunk_offsets[only] == 0).all(axis=1) & (chunk_sizes[only] == shapes[single]).all(
-        axis=1
-    )
-    whole_chunks = only[is_whole]
-    in_table = aliases < 0
-    in_table[single[is_whole]] = False
-    table_rows = np.flatnonzero(in_table)
-    tables = [
-        _encode_table(
-            int(ndims[row]),
-            chunk_offsets[begins[row] : ends[row]],
-            chunk_sizes[begins[row] : ends[row]],
-            chunk_file[begins[row] : ends[row]],
-            chunk_start[begins[row] : ends[row]],
-        )
-        for row in table_rows.tolist()
-    ]
-    counted = np.arange(shapes.shape[1]) < ndims[:, None]
-    fields = {
-        "names": _encode_names(names),
-        "dtypes": _encode_dtypes(dtypes),
-        "ndims": encode_column(ndims.astype(np.int64)),
-        "shapes": encode_list(shapes[counted]),
-        # One more than the rank, so that columns hold no negative numbers.
-        "owners": encode_column(owners.astype(np.int64) + 1),
-        "aliases": encode_column(np.maximum(aliases, _NO_ROW).astype(np.int64) + 1),
-        "file": encode_column(chunk_file[whole_chunks]),
-        "start": encode_list(chunk_start[whole_chunks]),
-        "table_rows": encode_list(table_rows),
-        "tables": b"[" + b",".join(tables) + b"]",
-    }
-    return TensorSection(encode_fields(fields), len(chunk_tensor))
-
-
-def _check_plan(
-    names: Sequence[str],
-    dtypes: U8,
-    ndims: U8,
-    shapes: I64,
-    owners: I32,
-    aliases: I32,
-    chunk_tensor: I32,
-) -> None:
-    """What a reader would refuse is refused here, before it is a checkpoint."""
-    if (np.diff(chunk_tensor) < 0).any():
-        raise InvalidPlanError("chunks are not sorted by tensor")
-    counts = np.bincount(chunk_tensor, minlength=len(names))
-    too_many = np.flatnonzero(counts * np.maximum(ndims, 1) > MAX_CHUNK_CELLS)
-    if len(too_many):
-        raise UnsupportedStateError(
-            f"{counts[too_many[0]]} chunks are too many", tensor=names[too_many[0]]
-        )
-    rows = np.flatnonzero(aliases >= 0)
-    source = aliases[rows]
-    wrong = (
-        (counts[rows] > 0)
-        | (aliases[source] >= 0)
-        | (dtypes[source] != dtypes[rows])
-        | (ndims[source] != ndims[rows])
-        | (owners[source] != owners[rows])
-        | (shapes[source] != shapes[rows]).any(axis=1)
-    )
-    if wrong.any():
-        raise InvalidPlanError(
-            "it is an alias of an alias or of another kind of tensor, or has chunks of its own",
-            tensor=names[int(rows[np.argmax(wrong)])],
-        )
-
-
-def _encode_names(names: Sequence[str]) -> bytes:
-    try:
-        return _encoder.encode(list(names))
-    except UnicodeEncodeError:
-        for name in names:
-            try:
-                name.encode()
-            except UnicodeEncodeError as error:
-                raise UnsupportedStateError(
-                    "the key is not valid UTF-8", tensor=ascii(name)
-                ) from error
-        raise
-
-
-def _encode_dtypes(codes: U8) -> bytes:
-    by_code = {code: info(code).name for code in np.unique(codes).tolist()}
-    if len(by_code) == 1:
-        return _encoder.encode(next(iter(by_code.values())))
-    return _encoder.encode([by_code[code] for code in codes.tolist()])
-
-
-def _encode_table(ndim: int, offsets: I64, sizes: I64, file: I32, start: I64) -> bytes:
-    columns = [encode_column(offsets[:, d]) for d in range(ndim)]
-    columns += [encode_column(sizes[:, d]) for d in range(ndim)]
-    columns += [encode_column(file), encode_list(start)]
-    return b"[" + b",".join(columns) + b"]"
-
 
 _FIELDS = frozenset(
     (
@@ -216,6 +74,28 @@ class WholeTensors:
     """(n,) rows of the data files."""
     start: I64
     """(n,) behind the begin of the file's data section."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TiledTensors:
+    """n tensors and their C chunks, no aliases, checked as ``TensorSectionReader.tensor`` and
+    ``StoredTensor.chunks`` check one."""
+
+    at: I64
+    """(n,) which of the rows that were asked for, ascending."""
+    dtypes: I64
+    """(n,) codes of ``format.dtypes``."""
+    ndims: I64
+    shapes: I64
+    """(n, D) padded with 1."""
+    counts: I64
+    """(n,) chunks of each tensor; one tensor's lie behind the other's."""
+    offsets: I64
+    """(C, D) padded with 0."""
+    sizes: I64
+    """(C, D) padded with 1."""
+    file: I32
+    start: I64
 
 
 class TensorSectionReader:
@@ -279,29 +159,100 @@ class TensorSectionReader:
         at = np.flatnonzero(rows >= 0)
         at = at[(self._aliases[rows[at]] < 0) & (self._place[rows[at]] >= 0)]
         row = rows[at]
-        ndims = self._shape_ends[row] - self._shape_begins[row]
-        counted = np.arange(int(ndims.max(initial=1))) < ndims[:, None]
-        shapes = np.ones(counted.shape, np.int64)
-        cells = self._shape_begins[row][:, None] + np.arange(counted.shape[1])
-        shapes[counted] = self._sizes[cells[counted]]
-        codes = self._codes[row]
-        nbytes = self._itemsizes[row].copy()
-        about = nbytes.astype(np.float64)
-        for size in shapes.T:
-            nbytes *= size  # may wrap; then ``about`` tells
-            about *= size
+        ndims, shapes = self._shapes_of(row)
+        nbytes, absurd = self._bytes_of(row, shapes)
         place = self._place[row]
         file, start = self._whole_file[place], self._whole_start[place]
         room = np.array(self._data_sizes, np.int64)[file] - start
-        fits = np.flatnonzero((about <= 2 * MAX_BYTES) & (nbytes <= np.minimum(room, MAX_BYTES)))
+        fits = np.flatnonzero(~absurd & (nbytes <= np.minimum(room, MAX_BYTES)))
         return WholeTensors(
             at=at[fits],
-            dtypes=codes[fits],
+            dtypes=self._codes[row[fits]],
             ndims=ndims[fits],
             shapes=shapes[fits],
             file=file[fits],
             start=start[fits],
         )
+
+    def tiled(self, rows: I64) -> Iterator[TiledTensors]:
+        """Those of ``rows`` (negative: none) that have a short table of chunks, or are one chunk,
+        and pass all checks; about the others ``tensor`` has to be asked. In parts of bounded size,
+        decoded as they are asked for."""
+        if not self._complete:
+            return
+        whole = self.whole(rows)
+        if len(whole.at):
+            yield TiledTensors(
+                at=whole.at,
+                dtypes=whole.dtypes,
+                ndims=whole.ndims,
+                shapes=whole.shapes,
+                counts=np.ones(len(whole.at), np.int64),
+                offsets=np.zeros_like(whole.shapes),
+                sizes=whole.shapes,
+                file=whole.file,
+                start=whole.start,
+            )
+        at = np.flatnonzero(rows >= 0)
+        at = at[(self._aliases[rows[at]] < 0) & (self._place[rows[at]] < 0)]
+        ndims = self._shape_ends[rows[at]] - self._shape_begins[rows[at]]
+        at = at[(ndims > 0) & (ndims <= MAX_DIMENSIONS)]
+        places = (-1 - self._place[rows[at]]).tolist()
+        short = [len(memoryview(self._tables[place])) <= MAX_TABLE_BYTES for place in places]
+        at = at[np.array(short, np.bool_)]
+        tables = [self._tables[place] for place in (-1 - self._place[rows[at]]).tolist()]
+        for begin, end in batches(tables):
+            found = self._decode_together(rows, at[begin:end], tables[begin:end])
+            if found is not None:
+                yield found
+
+    def _decode_together(
+        self, rows: I64, at: I64, tables: Sequence[msgspec.Raw]
+    ) -> TiledTensors | None:
+        row = rows[at]
+        ndims, shapes = self._shapes_of(row)
+        nbytes, absurd = self._bytes_of(row, shapes)
+        if (absurd | (nbytes > MAX_BYTES)).any():
+            return None
+        found = decode_tables(
+            tables,
+            ndims=ndims,
+            shapes=shapes,
+            itemsizes=self._itemsizes[row],
+            data_sizes=np.array(self._data_sizes, np.int64),
+        )
+        if found is None:
+            return None
+        kept = found.table
+        return TiledTensors(
+            at=at[kept],
+            dtypes=self._codes[row[kept]],
+            ndims=ndims[kept],
+            shapes=shapes[kept],
+            counts=found.counts,
+            offsets=found.offsets,
+            sizes=found.sizes,
+            file=found.file.astype(np.int32),
+            start=found.start,
+        )
+
+    def _shapes_of(self, row: I64) -> tuple[I64, I64]:
+        """(n,) numbers of dimensions and (n, D) shapes, padded with 1."""
+        ndims = self._shape_ends[row] - self._shape_begins[row]
+        counted = np.arange(int(ndims.max(initial=1))) < ndims[:, None]
+        shapes = np.ones(counted.shape, np.int64)
+        cells = self._shape_begins[row][:, None] + np.arange(counted.shape[1])
+        shapes[counted] = self._sizes[cells[counted]]
+        return ndims, shapes
+
+    def _bytes_of(self, row: I64, shapes: I64) -> tuple[I64, npt.NDArray[np.bool_]]:
+        """(n,) bytes, and which of them are so many that they may have wrapped."""
+        nbytes = self._itemsizes[row].copy()
+        about = nbytes.astype(np.float64)
+        for size in shapes.T:
+            nbytes *= size
+            about *= size
+        return nbytes, about > 2 * MAX_BYTES
 
     def _read_dtypes(self, fields: Mapping[str, msgspec.Raw]) -> list[DTypeInfo]:
         names = decode_as(str | list[str], fields["dtypes"], "tensors.dtypes")

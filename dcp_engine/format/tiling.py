@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from dcp_engine.errors import DamagedCheckpointError
 
-__all__ = ["check_tiling"]
+__all__ = ["check_tiling", "slabs_in_order"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+Bool = npt.NDArray[np.bool_]
 
 _PRIME = np.uint64((1 << 31) - 1)
 _ROUNDS = 3
@@ -47,35 +48,46 @@ def check_tiling(shape: tuple[int, ...], offsets: I64, sizes: I64, *, tensor: st
             f"the chunks cover {covered} of {total} elements", tensor=tensor
         )
     if covered > total or not (
-        _slabs_in_order(shape, offsets, sizes) or _same_indicator(shape, offsets, sizes)
+        bool(slabs_in_order(np.array([shape], np.int64), np.array([count]), offsets, sizes)[0])
+        or _same_indicator(shape, offsets, sizes)
     ):
         raise DamagedCheckpointError("chunks overlap", kind="chunks_overlap", tensor=tensor)
 
 
-def _slabs_in_order(shape: tuple[int, ...], offsets: I64, sizes: I64) -> bool:
-    """Whether the boxes, as they are ordered, tile the tensor by slabs of the first dimension,
-    each of them tiled by slabs of the next, and so on: what a writer makes of any device mesh.
+def slabs_in_order(shapes: I64, counts: I64, offsets: I64, sizes: I64) -> Bool:
+    """Whether the boxes of each of n tensors, as they are ordered, tile it by slabs of the first
+    dimension, each of them tiled by slabs of the next, and so on: what a writer makes of any
+    device mesh.
+
+    Args:
+        shapes: (n, D).
+        counts: (n,) boxes of each tensor, at least one.
+        offsets, sizes: (C, D) one tensor's boxes behind the other's, none of them empty.
+    Returns:
+        (n,) bool; false does not say that they do not tile it.
 
     Neighbours tell: where two share their place in a dimension, their extents there must be the
     same; where not, the second must begin where the first ends. Six times faster than the general
     check (60 us against 350 for a thousand boxes), which decides wherever this says no.
     """
-    inside = np.ones(len(offsets) - 1, np.bool_)  # both in one slab of the dimensions so far
-    for dimension, extent in enumerate(shape):
-        size = sizes[:, dimension]
-        if size.min() == extent:
-            continue  # inside the shape, so all of them are the whole of this dimension
-        begin = offsets[:, dimension]
+    last = np.cumsum(counts) - 1
+    first = last + 1 - counts
+    of = np.repeat(np.arange(len(counts)), counts)
+    neighbours = of[1:] == of[:-1]
+    inside = neighbours.copy()  # both in one slab of the dimensions so far
+    wrong = np.zeros(len(inside), np.bool_)
+    good = np.ones(len(counts), np.bool_)
+    for begin, size, extent in zip(offsets.T, sizes.T, shapes.T, strict=True):
         end = begin + size
-        if begin[0] or end[-1] != extent:
-            return False
+        good &= (begin[first] == 0) & (end[last] == extent)
         same = begin[1:] == begin[:-1]
         continued = np.where(same, size[1:] == size[:-1], begin[1:] == end[:-1])
-        turned = (begin[1:] == 0) & (end[:-1] == extent)
-        if not np.where(inside, continued, turned).all():
-            return False
+        turned = (begin[1:] == 0) & (end[:-1] == extent[of[:-1]])
+        wrong |= ~np.where(inside, continued, turned)
         inside &= same
-    return not inside.any()
+    wrong |= inside  # one box twice
+    good[of[1:][wrong & neighbours]] = False
+    return good
 
 
 def _same_indicator(shape: tuple[int, ...], offsets: I64, sizes: I64) -> bool:

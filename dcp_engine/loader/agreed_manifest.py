@@ -1,9 +1,9 @@
 """Which manifest all ranks load by, and how each of them comes to it.
 
-Steps: ``metadata`` (the coordinator reads the manifest and publishes which one it is) and
-``manifest`` (every rank reads that manifest from the medium; for those that do not come to see it,
-the coordinator looks once more and hands it over). Does not belong here: reading and decoding
-(the reader does).
+Steps: ``metadata`` (all ranks read the manifest, and the coordinator publishes which one it is) and
+``manifest`` (a rank that has read another one, or none, looks for that manifest on the medium; for
+those that do not come to see it, the coordinator looks once more and hands it over). Does not
+belong here: reading and decoding (the reader does).
 
 On a network file system a rank may see the previous manifest, or none, for a while: NFS clients
 cache attributes and absent names for up to a minute.
@@ -73,6 +73,7 @@ def agree_on_manifest(
     between the steps, ``io_error`` if some rank cannot see it and it is too large to hand over.
     """
     opened: list[Manifest] = []
+    ahead: list[tuple[Manifest, CommitRecord] | CheckpointError] = []
 
     def here() -> AbstractContextManager[None]:
         return located(checkpoint=reader.checkpoint, rank=operation.rank)
@@ -81,6 +82,11 @@ def agree_on_manifest(
         with here():
             reader.reset(checkpoint_id)
             if not operation.is_coordinator:
+                # While the coordinator reads, so does this rank: nearly always they find the same.
+                try:
+                    ahead.append(reader.open_checkpoint(checkpoint_id))
+                except CheckpointError as error:
+                    ahead.append(error)  # counts only if the coordinator finds one
                 return b""
             manifest, record = reader.open_checkpoint(checkpoint_id)
             opened.append(manifest)
@@ -94,6 +100,12 @@ def agree_on_manifest(
     record = msgspec.msgpack.decode(common, type=CommitRecord)
 
     def look() -> bytes:
+        first = ahead.pop() if ahead else None
+        if isinstance(first, CheckpointError) and not _is_out_of_sight(first):
+            with here():
+                raise first
+        if isinstance(first, tuple) and first[1] == record:
+            opened.append(first[0])
         if opened:
             return b""
         with here():

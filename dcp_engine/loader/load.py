@@ -17,6 +17,7 @@ from dcp_engine.loader.report import LoadReport
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planner import LoadPlanner
 from dcp_engine.redaction import redact_url
+from dcp_engine.registry import Unavailable
 from dcp_engine.state.adapters import GroupRanks
 from dcp_engine.storage import StorageReader
 
@@ -64,6 +65,8 @@ def _attempt(
         "load", name, deadlines=options.deadlines, coordinator_rank=options.coordinator_rank
     ) as operation:
         # Inside the operation: its number is taken on every rank, and a failure is heard of.
+        if isinstance(reader, Unavailable):
+            raise reader.error
         if not isinstance(reader, StorageReader):
             raise UsageError(
                 f"{type(reader).__name__} is not a dcp_engine.StorageReader",

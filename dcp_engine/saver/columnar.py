@@ -16,7 +16,12 @@ from dcp_engine.errors import ConflictError
 from dcp_engine.format.names import new_save_id
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, RankReport, SaveTicket
 from dcp_engine.saver.agreement import Agreed, Agreement
-from dcp_engine.saver.outcome import commit_once, finish_commit, settle_failure
+from dcp_engine.saver.outcome import (
+    commit_once,
+    finish_commit,
+    heeding_the_first_failure,
+    settle_failure,
+)
 from dcp_engine.saver.plan_memory import PlanMemory
 from dcp_engine.saver.prepare import PreparedState, PrepareState
 
@@ -116,7 +121,7 @@ class _ColumnarSave:
         operation, writer = self._operation, self._writer
 
         def local() -> bytes:
-            with self._located():
+            with heeding_the_first_failure(operation), self._located():
                 operation.check()
                 if not operation.is_coordinator:
                     writer.begin_save(self._checkpoint_id, self._ticket(agreed.save_id))

@@ -29,7 +29,7 @@ from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.replicas import needs_details, summarise
 from dcp_engine.saver.compare import compare_replicas, digest_replicas
 from dcp_engine.saver.options import SaveOptions
-from dcp_engine.saver.outcome import commit_once, settle_failure
+from dcp_engine.saver.outcome import commit_once, heeding_the_first_failure, settle_failure
 from dcp_engine.state.flatten import resolve_stateful
 from dcp_engine.state.values import ObjectValue
 from dcp_engine.storage import StorageWriter, WriteResult
@@ -96,7 +96,7 @@ def save_items(
             )
 
     def write() -> bytes:
-        with located(checkpoint=checkpoint, rank=rank):
+        with heeding_the_first_failure(operation), located(checkpoint=checkpoint, rank=rank):
             plan = planner.finish_plan(mail.open(own))
             operation.check()
             results = writer.write_data(plan, planner).wait()

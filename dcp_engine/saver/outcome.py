@@ -8,8 +8,9 @@ was ``commit`` and the save failed all the same, is it proved that the manifest 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from dcp_engine.coordination.failures import raised_by_exit
@@ -21,8 +22,11 @@ from dcp_engine.errors import (
     CoordinationError,
 )
 
-__all__ = ["commit_once", "finish_commit", "settle_failure"]
+__all__ = ["commit_once", "finish_commit", "heeding_the_first_failure", "settle_failure"]
 
+_WORD_TAKES = 3.0
+"""Seconds for another rank's failure to be heard of here."""
+_LOOK = 0.02
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -49,6 +53,23 @@ def commit_once(operation: Operation, commit: Callable[[], T]) -> T:
             kind="commit_in_doubt",
             hint="nothing was deleted; the next save, load or prune decides by the manifest",
         ) from error
+
+
+@contextmanager
+def heeding_the_first_failure(operation: Operation) -> Iterator[None]:
+    """Around this rank's writing: a data directory that vanishes under it was removed, as a rule,
+    by a rank that failed and waits for nobody, and whose failure is the one to tell of. It says so
+    before it removes anything; the word takes a moment."""
+    try:
+        yield
+    except ConflictError as error:
+        if operation.world_size == 1 or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        deadline = time.monotonic() + _WORD_TAKES
+        while time.monotonic() < deadline:
+            operation.check()
+            time.sleep(_LOOK)
+        raise
 
 
 def settle_failure(

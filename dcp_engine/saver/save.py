@@ -18,6 +18,7 @@ from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord, SaveTicket
 from dcp_engine.planner import SavePlanner
 from dcp_engine.redaction import redact_url
+from dcp_engine.registry import Unavailable
 from dcp_engine.saver.collective_free import save_collective_free
 from dcp_engine.saver.columnar import save_columns
 from dcp_engine.saver.item_based import save_items
@@ -110,7 +111,10 @@ def save(
 
 
 def require_writer(writer: StorageWriter) -> None:
-    """Raise ``UsageError`` for what is no writer: torch's class of that name, for example."""
+    """Raise ``UsageError`` for what is no writer: torch's class of that name, for example; for one
+    that could not be had, why."""
+    if isinstance(writer, Unavailable):
+        raise writer.error
     if not isinstance(writer, StorageWriter):
         raise UsageError(
             f"{type(writer).__name__} is not a dcp_engine.StorageWriter",

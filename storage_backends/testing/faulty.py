@@ -146,8 +146,8 @@ class FaultyByteStore(WrappingByteStore):
     Args:
         inner: the store.
         faults: of those whose turn it is at a call, the first one acts.
-        capacity: bytes that may be written (by ``write`` and ``put``) before the medium is full:
-            the call that goes over it writes what fits, then raises ``disk_full``.
+        capacity: bytes that may be written (by ``write``, ``put`` and ``put_over``) before the
+            medium is full: the call that goes over it writes what fits, then raises ``disk_full``.
         rank: whose store this is, for faults of chosen ranks.
     """
 
@@ -201,7 +201,13 @@ class FaultyByteStore(WrappingByteStore):
         return _act(None if due is None else due.fault.action, lambda: [*self.inner.list(prefix)])
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
-        action = self._next_action("put", name)
+        self._put("put", name, data, lambda d: self.inner.put(name, d, if_absent=if_absent))
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        self._put("put_over", name, data, lambda d: self.inner.put_over(name, d, tag))
+
+    def _put(self, operation: str, name: str, data: bytes, put: Callable[[bytes], None]) -> None:
+        action = self._next_action(operation, name)
         if isinstance(action, FlipBit):
             data, action = bytes(_flipped(data, action.bit)), None
         elif isinstance(action, ShortWrite):
@@ -211,7 +217,7 @@ class FaultyByteStore(WrappingByteStore):
             action = Fail(action.error)
         if self._take(len(data)) < len(data):
             raise self._full(name)
-        _act(action, lambda: self.inner.put(name, data, if_absent=if_absent))
+        _act(action, lambda: put(data))
 
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         action = self._next_action("read", name)

@@ -24,9 +24,9 @@ T = TypeVar("T")
 class ThrottledByteStore(WrappingByteStore):
     """Wraps any store. Every request waits, then its bytes come at a stream's pace.
 
-    A request is a call, but ``read`` makes one for each stretch of ranges that follow each other,
-    one after the other, as a client of an object store without concurrency of its own would; and a
-    call of ``delete`` is one. Each call is a stream of its own.
+    A request is a call (``get`` too), but ``read`` makes one for each stretch of ranges that follow
+    each other, one after the other, as a client of an object store without concurrency of its own
+    would; and a call of ``delete`` is one. Each call is a stream of its own.
 
     Args:
         inner: the store.
@@ -65,7 +65,7 @@ class ThrottledByteStore(WrappingByteStore):
         self.peak_streams = 0
         """The most that were under way at once."""
 
-    def _request(self, nbytes: int, call: Callable[[], T]) -> T:
+    def _request(self, call: Callable[[], T], nbytes: Callable[[T], int] = lambda _: 0) -> T:
         with self._limit:
             begin = self._clock()
             with self._lock:
@@ -76,7 +76,7 @@ class ThrottledByteStore(WrappingByteStore):
                 # Nothing comes before the latency is over, then the medium below has its time.
                 self._wait_until(begin + self._latency)
                 result = call()
-                pace = nbytes / self._bandwidth if self._bandwidth else 0.0
+                pace = nbytes(result) / self._bandwidth if self._bandwidth else 0.0
                 self._wait_until(begin + self._latency + pace)
                 return result
             finally:
@@ -89,27 +89,37 @@ class ThrottledByteStore(WrappingByteStore):
             self._sleep(rest)
 
     def around(self, operation: str, name: str, call: Callable[[], T]) -> T:
-        return self._request(0, call)
+        return self._request(call)
 
     def local_path(self, name: str) -> str | None:
         return None  # or bytes would come by another way
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
-        self._request(len(data), lambda: self.inner.put(name, data, if_absent=if_absent))
+        self._request(lambda: self.inner.put(name, data, if_absent=if_absent), _always(len(data)))
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        self._request(lambda: self.inner.put_over(name, data, tag), _always(len(data)))
+
+    def get(self, name: str, *, limit: int | None = None) -> bytes:
+        return self._request(lambda: self.inner.get(name, limit=limit), len)
 
     def delete(self, names: Iterable[str]) -> None:
-        self._request(0, lambda: self.inner.delete(names))
+        self._request(lambda: self.inner.delete(names))
 
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         for part in _adjacent(ranges):
             nbytes = sum(item.buffer.nbytes for item in part)
-            self._request(nbytes, partial(self.inner.read, name, part))
+            self._request(partial(self.inner.read, name, part), _always(nbytes))
 
     def write_to(
         self, file: ByteStoreFile, name: str, buffers: Sequence[Buffer], offset: int
     ) -> None:
         nbytes = sum(buffer.nbytes for buffer in buffers)
-        self._request(nbytes, lambda: file.write(buffers, offset))
+        self._request(lambda: file.write(buffers, offset), _always(nbytes))
+
+
+def _always(nbytes: int) -> Callable[[object], int]:
+    return lambda _: nbytes
 
 
 def _adjacent(ranges: Sequence[ReadRange]) -> list[list[ReadRange]]:

@@ -1,6 +1,6 @@
 """A byte store that passes every call on: the base of the kit's doubles.
 
-Belongs here: plain delegation. Subclasses override ``_around`` and the methods whose data they
+Belongs here: plain delegation. Subclasses override ``around`` and the methods whose data they
 change.
 """
 
@@ -22,8 +22,10 @@ class WrappingByteStore(ByteStore):
     def __init__(self, inner: ByteStore) -> None:
         self.inner = inner
         self.random_write = inner.random_write
+        self.concurrent_writes = inner.concurrent_writes
         self.atomic_replace = inner.atomic_replace
         self.create_if_absent = inner.create_if_absent
+        self.replace_if_same = inner.replace_if_same
         self.durable_sync = inner.durable_sync
         self.shared_between_processes = inner.shared_between_processes
         self.preferred_read = inner.preferred_read
@@ -48,6 +50,12 @@ class WrappingByteStore(ByteStore):
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         self.around("put", name, lambda: self.inner.put(name, data, if_absent=if_absent))
+
+    def tag(self, name: str) -> str:
+        return self.around("tag", name, lambda: self.inner.tag(name))
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        self.around("put_over", name, lambda: self.inner.put_over(name, data, tag))
 
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         self.around("read", name, lambda: self.inner.read(name, ranges))

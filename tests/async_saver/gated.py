@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dcp_engine as dcp
+from dcp_engine.staging.copier import Copier
 
 LIMIT = 60.0
 
@@ -22,6 +25,22 @@ def wait_until(condition: Any, what: str) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"{what} did not happen within {LIMIT} s")
         time.sleep(0.01)
+
+
+@contextmanager
+def copying_begins_when() -> Iterator[threading.Event]:
+    """Every copy to staging memory in this process waits for the event."""
+    begin, copy = threading.Event(), Copier.copy
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        assert begin.wait(LIMIT), "nobody let the copying begin"
+        copy(*args, **kwargs)
+
+    Copier.copy = late  # type: ignore[method-assign,assignment]
+    try:
+        yield begin
+    finally:
+        Copier.copy = copy  # type: ignore[method-assign]
 
 
 class Gate:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dcp_engine as dcp
@@ -14,8 +15,12 @@ from storage_backends.testing.faulty_calls import CallFault, faulty_writer
 
 
 def every_kind(value: float = 1.0) -> dict[str, Any]:
-    """Tensors in every memory layout that a CPU has, and objects."""
+    """Tensors in every memory layout that a CPU has, of every owner of memory, and objects."""
     value = float(value)
+    complex_values = torch.full((3,), complex(value, 1), dtype=torch.complex64)
+    tied, overlapped = torch.full((4,), value), torch.arange(8, dtype=torch.int64) + int(value)
+    with torch.inference_mode():
+        inference = torch.full((3,), value)
     base = torch.arange(60, dtype=torch.float32).reshape(6, 10) + value
     return {
         "plain": base.clone(),
@@ -28,8 +33,21 @@ def every_kind(value: float = 1.0) -> dict[str, Any]:
         "half": torch.full((7,), value, dtype=torch.bfloat16),
         "bits": torch.tensor([True, False, True]),
         "bytes": torch.arange(9, dtype=torch.uint8),
-        "complex": torch.full((3,), complex(value, 1), dtype=torch.complex64),
-        "conjugate": torch.full((3,), complex(value, 1), dtype=torch.complex64).conj(),
+        "float8": torch.full((5,), value).to(torch.float8_e4m3fn),
+        "unsigned": torch.full((3,), int(value), dtype=torch.uint16),
+        "complex": complex_values,
+        "conjugate": complex_values.clone().conj(),
+        "negative": complex_values.clone().conj().imag,
+        "channels last": (base.clone().reshape(1, 3, 4, 5) + 0).contiguous(
+            memory_format=torch.channels_last
+        ),
+        "tied": tied,
+        "tied too": tied,
+        "first part": overlapped[:5],
+        "second part": overlapped[3:],
+        "numpy": torch.from_numpy(np.full(6, value)),
+        "inference": inference,
+        "history": torch.full((2,), value, requires_grad=True) * 1,
         "parameter": torch.nn.Parameter(torch.full((5,), value)),
         "large": torch.full((300, 1000), value),
         "step": int(value),
@@ -50,16 +68,23 @@ def destination() -> dict[str, Any]:
 
 
 def overwrite(state: dict[str, Any]) -> None:
-    """Change every value in place, as an optimizer would, and drop the references."""
-    with torch.no_grad():
-        for name, value in state.items():
-            if name == "expanded":
-                value[0:1, 0:1].fill_(99)
-            elif isinstance(value, torch.Tensor):
-                value.zero_()
+    """Change every value in place and free its memory, as FSDP frees the shards it has gathered,
+    then drop the references."""
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storage.fill_(0x99)
+            if storage.resizable():
+                storage.resize_(0)
     state["options"]["lr"] = 99
     state["options"]["names"][1]["b"] = 99
     state.clear()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Its values: some dtypes have no comparison."""
+    values = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    return values.view(torch.uint8).numpy().tobytes()
 
 
 def assert_holds(path: Path | str, value: float) -> None:
@@ -69,7 +94,8 @@ def assert_holds(path: Path | str, value: float) -> None:
     expected = every_kind(value)
     for name, wanted in expected.items():
         if isinstance(wanted, torch.Tensor):
-            assert torch.equal(loaded[name], wanted.detach().resolve_conj()), name
+            assert (loaded[name].dtype, loaded[name].shape) == (wanted.dtype, wanted.shape)
+            assert bytes_of(loaded[name]) == bytes_of(wanted), name
         else:
             assert loaded[name] == wanted, name
 

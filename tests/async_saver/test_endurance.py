@@ -50,7 +50,7 @@ def test_200_saves(engine: dcp.Engine, tmp_path: Path, kind: dcp.AsyncCheckpoint
     state: dict[str, Any] = {}
     for turn in range(SAVES):
         state = every_kind(turn)
-        state["history"] = list(range(turn % 7))
+        state["turns"] = list(range(turn % 7))
         engine.async_save(
             state, checkpoint_id=tmp_path / str(turn % 2), async_checkpointer_type=kind
         ).result(LIMIT)

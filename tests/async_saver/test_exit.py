@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 import dcp_engine as dcp
@@ -64,6 +65,32 @@ def test_an_engine_that_nobody_closed(tmp_path: Path) -> None:
     assert "nobody looked at it" in ended.stderr
 
 
+POOLED = """
+import sys, threading, time, torch
+from concurrent.futures import ThreadPoolExecutor
+import dcp_engine as dcp
+
+class Pooled(dcp.FileSystemWriter):
+    # Writes by an executor, as many storage libraries do, when the main thread has run to its end.
+    def write_columns(self, *args):
+        while not threading._SHUTTING_DOWN:
+            time.sleep(0.01)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super().write_columns, *args).result()
+
+dcp.Engine().async_save({"w": torch.ones(9)}, storage_writer=Pooled(sys.argv[1]))
+"""
+
+
+def test_executors_work_until_all_is_drained(tmp_path: Path) -> None:
+    ended = run(POOLED, tmp_path / "c")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    into = {"w": torch.zeros(9)}
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert into["w"].tolist() == [1.0] * 9
+
+
 LEFT = """
 import sys, torch
 from pathlib import Path
@@ -72,7 +99,7 @@ from tests.async_saver.gated import Gate, GatedWriter
 
 path = sys.argv[1]
 process = dcp.AsyncCheckpointerType.PROCESS
-engine = dcp.Engine(drain_at_exit=False)
+engine = dcp.Engine(**{sys.argv[3]: float(sys.argv[4])})
 state = {"w": torch.zeros(9)}
 engine.async_save(state, checkpoint_id=path, async_checkpointer_type=process).result()
 gate = Gate(Path(sys.argv[2]))
@@ -84,9 +111,11 @@ print(engine.worker_pid)
 """
 
 
-def test_without_draining(tmp_path: Path) -> None:
-    """The save in the worker is given up, and that is said."""
-    ended = run(LEFT, tmp_path / "c", tmp_path / "gate")
+@pytest.mark.parametrize("option", ["drain_at_exit", "drain_timeout"])
+def test_what_is_not_drained(tmp_path: Path, option: str) -> None:
+    """The save in the worker is given up, at once or when the time is up, and that is said."""
+    value = {"drain_at_exit": "0", "drain_timeout": "0.3"}[option]
+    ended = run(LEFT, tmp_path / "c", tmp_path / "gate", option, value)
     assert ended.returncode == 0, ended.stderr
     assert "1 asynchronous saves were not finished" in ended.stderr
     assert "SIGKILL" in ended.stderr, "the failure of the save is in the log"

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
+from dcp_engine.executors.process import launch
 from dcp_engine.staging.copier import Copier
 from tests.async_saver.gated import (
     Boom,
@@ -85,7 +87,8 @@ def test_what_happens_to_the_state_afterwards_does_not_matter(
 
 def test_the_second_save_sends_no_structure(engine: dcp.Engine, tmp_path: Path) -> None:
     engine.clear_plan_cache()
-    state = {f"layer{i}.weight": torch.full((3, 3), float(i)) for i in range(2000)}
+    state: dict[str, Any] = {f"layer{i}.weight": torch.full((3, 3), float(i)) for i in range(2000)}
+    state |= {f"group{i}": {"lr": i, "betas": (0.9, i)} for i in range(1000)}
     for _ in range(2):
         engine.async_save(
             state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS
@@ -213,6 +216,7 @@ def test_memory_of_this_process_is_refused(engine: dcp.Engine) -> None:
 
 
 def test_background_staging(engine: dcp.Engine, tmp_path: Path) -> None:
+    """The state is changed and freed at once, on the thread that staged it."""
     state = every_kind(9)
     response = engine.async_save(
         state,
@@ -220,8 +224,8 @@ def test_background_staging(engine: dcp.Engine, tmp_path: Path) -> None:
         async_checkpointer_type=PROCESS,
         background_staging=True,
     )
+    response.staging_completion.add_done_callback(lambda _: overwrite(state))
     engine.wait_for_staging(LIMIT)
-    overwrite(state)
     response.result(LIMIT)
     assert_holds(tmp_path / "c", 9)
 
@@ -246,6 +250,78 @@ def test_a_custom_stager(engine: dcp.Engine, tmp_path: Path) -> None:
     into = {"w": torch.zeros(5), "step": 0}
     dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
     assert into["w"].tolist() == [1] * 5
+
+
+class Later(dcp.AsyncStager):
+    """Its copy comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.staged: Future[Any] = Future()
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return False
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        return self.staged
+
+
+def test_a_save_behind_a_late_stager(engine: dcp.Engine, tmp_path: Path) -> None:
+    """The second save has the engine's one arena before the first one needs memory that the
+    worker can map."""
+    stager = Later()
+    first = engine.async_save(
+        {}, checkpoint_id=tmp_path / "a", async_checkpointer_type=PROCESS, async_stager=stager
+    )
+    second = save(engine, tmp_path / "b", 2)
+    stager.staged.set_result(every_kind(1))
+    first.result(LIMIT)
+    second.result(LIMIT)
+    assert_holds(tmp_path / "a", 1)
+    assert_holds(tmp_path / "b", 2)
+
+
+@pytest.mark.parametrize("stager", [None, Cloner()])
+def test_too_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stager: dcp.AsyncStager | None
+) -> None:
+    """This process saves then, if asked to."""
+
+    def none_left(nbytes: int) -> None:
+        raise dcp.StagingError("no memory", kind="out_of_memory")
+
+    monkeypatch.setattr("dcp_engine.staging.arena.require_memory", none_left)
+    state = {"w": torch.ones(1 << 20)}
+    options: dict[str, Any] = {
+        "checkpoint_id": tmp_path / "c",
+        "async_checkpointer_type": PROCESS,
+        "async_stager": stager,
+    }
+    with dcp.Engine() as engine:
+        with pytest.raises(dcp.CheckpointError, match="no memory"):
+            engine.async_save(state, **options).result(LIMIT)
+        assert not (tmp_path / "c" / "manifest.json").exists()
+        engine.async_save(state, **options, on_low_memory="sync").result(LIMIT)
+    into = {"w": torch.zeros(1 << 20)}
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert torch.equal(into["w"], state["w"])
+
+
+def test_the_first_call_does_not_wait_for_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes up when it is let; by then the state has long been copied, and changed."""
+    gate = Gate(tmp_path / "gate")
+    held = f"import os, time\nwhile not os.path.exists({str(gate.directory / 'released')!r}): "
+    monkeypatch.setattr(launch, "_BOOTSTRAP", held + "time.sleep(0.01)\n" + launch._BOOTSTRAP)
+    with dcp.Engine() as engine:
+        response = save(engine, tmp_path / "c", 3)
+        assert response.staging_completion.done()
+        assert response.progress().phase == "waiting"
+        assert engine.worker_pid is not None, "it is on its way"
+        gate.open()
+        response.result(LIMIT)
+    assert_holds(tmp_path / "c", 3)
 
 
 def test_stagers_that_come_and_go(engine: dcp.Engine, tmp_path: Path) -> None:

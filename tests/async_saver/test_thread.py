@@ -13,7 +13,14 @@ import torch
 
 import dcp_engine as dcp
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
-from tests.async_saver.states import assert_holds, destination, every_kind, held_writer, overwrite
+from tests.async_saver.states import (
+    assert_holds,
+    bytes_of,
+    destination,
+    every_kind,
+    held_writer,
+    overwrite,
+)
 
 LIMIT = 60
 
@@ -41,14 +48,19 @@ def test_a_future_of_metadata(engine: dcp.Engine, tmp_path: Path) -> None:
     assert response.exception() is None
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_what_happens_to_the_state_afterwards_does_not_matter(
-    engine: dcp.Engine, tmp_path: Path
+    engine: dcp.Engine, tmp_path: Path, background: bool
 ) -> None:
+    """At once: on the thread that staged, if that is another one."""
     for turn in range(3):
         state = every_kind(turn)
-        response = engine.async_save(state, checkpoint_id=tmp_path / "c")
-        overwrite(state)
+        response = engine.async_save(
+            state, checkpoint_id=tmp_path / "c", background_staging=background
+        )
+        response.staging_completion.add_done_callback(lambda _, state=state: overwrite(state))
         response.result(LIMIT)
+        assert not state, "it was overwritten"
         assert_holds(tmp_path / "c", turn)
 
 
@@ -101,12 +113,15 @@ def test_two_pending_saves_with_two_arenas(tmp_path: Path) -> None:
     assert_holds(tmp_path / "b", 2)
 
 
-def test_waiting_for_memory_has_a_deadline(engine: dcp.Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [{"timeout": 0.2}, {"phase_timeouts": {"staging": 0.2}}])
+def test_waiting_for_memory_has_a_deadline(
+    engine: dcp.Engine, tmp_path: Path, limit: dict[str, Any]
+) -> None:
     writer, entered, released = held_writer(tmp_path / "a")
     first = engine.async_save(every_kind(1), storage_writer=writer)
     assert entered.wait(LIMIT)
     with pytest.raises(dcp.CoordinationError, match="max_pending") as caught:
-        engine.async_save(every_kind(2), checkpoint_id=tmp_path / "b", timeout=0.2)
+        engine.async_save(every_kind(2), checkpoint_id=tmp_path / "b", **limit)
     assert caught.value.kind == "timeout"
     released.set()
     first.result(LIMIT)
@@ -168,6 +183,18 @@ def test_a_failure_nobody_looked_at_comes_up_at_close(tmp_path: Path) -> None:
     engine.close()
     with pytest.raises(dcp.UsageError, match="closed"):
         engine.async_save(every_kind(), checkpoint_id=tmp_path / "c")
+
+
+def test_no_failure_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two saves fail while both are pending: one failure can be raised, the other is logged."""
+    engine = dcp.Engine(max_pending=2)
+    for name in ("first", "second"):
+        fault = CallFault(method="write_columns", error=Boom(name))
+        writer = faulty_writer(dcp.FileSystemWriter(tmp_path / name), [fault], rank=0)
+        engine.async_save(every_kind(), storage_writer=writer)
+    with pytest.raises(dcp.CheckpointException, match="first"):
+        engine.close()
+    assert [str(r.exc_info[1]).count("second") > 0 for r in caplog.records if r.exc_info] == [True]
 
 
 def test_close_waits_for_pending_saves(tmp_path: Path) -> None:
@@ -282,6 +309,52 @@ def test_a_custom_stager(engine: dcp.Engine, tmp_path: Path, later: bool) -> Non
     assert into["step"] == 3
 
 
+class Part:
+    """A ``Stateful`` that goes on changing."""
+
+    def __init__(self) -> None:
+        self.held = torch.ones(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self.held}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.held = state_dict["held"]
+
+
+class DeepCloner(dcp.AsyncStager):
+    """Clones tensors in dicts, and knows of nothing else."""
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        return {
+            name: self.stage(value)
+            if isinstance(value, dict)
+            else value.clone()
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in state_dict.items()
+        }
+
+
+def test_a_custom_stager_gets_the_state_of_what_has_state(
+    engine: dcp.Engine, tmp_path: Path
+) -> None:
+    part = Part()
+    state = {"parts": {"one": part}, "two": Part()}
+    writer, _, released = held_writer(tmp_path / "c", "observe")
+    response = engine.async_save(state, storage_writer=writer, async_stager=DeepCloner())
+    part.held.zero_()
+    state["two"].held.zero_()
+    released.set()
+    response.result(LIMIT)
+    into = {"parts": {"one": Part()}, "two": Part()}
+    for loaded in (into["parts"]["one"], into["two"]):
+        loaded.held.fill_(7)
+    dcp.load(into, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert into["parts"]["one"].held.tolist() == [1, 1, 1]
+    assert into["two"].held.tolist() == [1, 1, 1]
+
+
 def test_a_custom_stager_that_fails(engine: dcp.Engine, tmp_path: Path) -> None:
     with pytest.raises(Boom):
         engine.async_save(
@@ -296,6 +369,24 @@ def test_a_custom_stager_that_fails(engine: dcp.Engine, tmp_path: Path) -> None:
         response.result(LIMIT)
     assert isinstance(response.staging_completion.exception(), Boom)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_custom_stager_that_never_ends(engine: dcp.Engine, tmp_path: Path) -> None:
+    class Endless(Cloner):
+        def stage(self, state_dict: dict[str, Any]) -> Any:
+            return Future()
+
+        def synchronize_staging(self) -> None:
+            return None
+
+    response = engine.async_save(
+        {}, checkpoint_id=tmp_path / "c", async_stager=Endless(), phase_timeouts={"staging": 0.2}
+    )
+    with pytest.raises(dcp.CheckpointException, match="was not there") as caught:
+        response.result(LIMIT)
+    assert caught.value.kind == "timeout"
+    engine.async_save(every_kind(4), checkpoint_id=tmp_path / "c").result(LIMIT)
+    assert_holds(tmp_path / "c", 4)
 
 
 def test_dcps_stagers(engine: dcp.Engine, tmp_path: Path) -> None:
@@ -373,4 +464,4 @@ def test_without_collectives(engine: dcp.Engine, tmp_path: Path) -> None:
 def test_destination_is_never_what_was_saved() -> None:
     for name, value in destination().items():
         if isinstance(value, torch.Tensor) and value.numel():
-            assert not value.any(), name
+            assert not any(bytes_of(value)), name

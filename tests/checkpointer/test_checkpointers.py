@@ -184,7 +184,7 @@ def test_a_stager_of_ones_own_and_a_failure_that_nobody_looked_at(tmp_path: Path
 
 def test_the_default_writer_has_the_configs_barrier_and_timeouts(tmp_path: Path) -> None:
     config = CheckpointerConfig(
-        writer_config=CheckpointWriterConfig(write_barrier_timeout_secs=0.5),
+        writer_config=CheckpointWriterConfig(write_barrier_timeout_secs=2),
         barrier_config=BarrierConfig("tcp_store", tcp_args(free_port())),
         process_config=CONFIG,
     )

@@ -20,6 +20,7 @@ def test_missing_ranks_are_read_from_gloos_message() -> None:
 def test_a_failure_is_raised_on_every_rank(ranks: RankPool, failing: list[int]) -> None:
     for result in ranks.run(2, cases.over_collectives, "fail_in_local", failing, "plain"):
         assert (result["type"], result["ranks"]) == ("CheckpointException", failing)
+        assert 'in phase "write"' in result["text"]
         assert result["after"] == b"0|1"
 
 
@@ -31,6 +32,7 @@ def test_a_failure_in_decide(ranks: RankPool, coordinator: int) -> None:
     ):
         assert result["ranks"] == [coordinator]
         assert "unpicklable boom" in result["text"]
+        assert 'in phase "commit"' in result["text"]
         assert result["after"] == b"0|1"
 
 

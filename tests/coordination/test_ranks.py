@@ -48,6 +48,7 @@ def test_an_exit_is_raised_again_on_its_own_rank(ranks: RankPool, how: str, fail
 def test_a_failure_in_decide(ranks: RankPool, how: str, coordinator: int) -> None:
     results = ranks.run(2, cases.run_with_session, "fail_in_decide", how, coordinator)
     assert results[1 - coordinator]["ranks"] == [coordinator]
+    assert 'in phase "commit"' in results[1 - coordinator]["text"]
     own = results[coordinator]
     assert own["type"] == ("KeyboardInterrupt" if how == "interrupt" else "CheckpointException")
     assert all(result["after"] == b"0|1" for result in results)

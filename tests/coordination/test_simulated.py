@@ -111,6 +111,28 @@ def test_the_first_cause_is_first_and_interruptions_are_no_failures() -> None:
         assert result["text"].index("the cause") < result["text"].index("a second failure")
 
 
+def test_who_failed_before_it_was_asked_is_named_too() -> None:
+    rhythm = Rhythm(interval=0.02, grace=20.0)  # all have their say long before
+
+    def fn(session: StoreSession) -> Any:
+        def boom() -> bytes:
+            raise ValueError(f"of rank {session.rank}")
+
+        with session.begin("save", "c", deadlines=DEADLINES, coordinator_rank=1) as operation:
+            operation.step("first", lambda: b"", echo)
+            while session.rank == 0:
+                try:
+                    operation.check()
+                except Exception:
+                    break
+            return outcome(
+                lambda: operation.step("second", boom, echo, regardless=session.rank == 0)
+            )
+
+    for result in run(2, fn, rhythm=rhythm):
+        assert result["ranks"] == [1, 0]
+
+
 def test_a_failed_operation_stays_failed() -> None:
     meet = threading.Barrier(2).wait
 

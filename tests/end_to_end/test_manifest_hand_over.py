@@ -133,6 +133,24 @@ def replaced(tmp_path: Path) -> tuple[Path, bytes]:
     return root, before
 
 
+class CountingStore(WrappingByteStore):
+    """Counts how often the manifest was read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(FileSystemStore(root))
+        self.manifests = 0
+
+    def get(self, name: str, *, limit: int | None = None) -> bytes:
+        self.manifests += name == MANIFEST
+        return super().get(name, limit=limit)
+
+
+def test_ranks_that_see_the_same_manifest_read_it_once(replaced: tuple[Path, bytes]) -> None:
+    stores = [CountingStore(replaced[0]) for _ in range(3)]
+    results_of(load_on_ranks([CountingReader(store) for store in stores]))
+    assert [store.manifests for store in stores] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("coordinator", [0, 2])
 @pytest.mark.parametrize("sees", ["the one before", "none"])
 def test_a_rank_with_a_stale_view_gets_the_manifest(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_engine.errors import DamagedCheckpointError
-from dcp_engine.format.tiling import _slabs_in_order, check_tiling
+from dcp_engine.format.tiling import check_tiling, slabs_in_order
 
 SETTINGS = settings(max_examples=200, deadline=None)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -97,7 +97,8 @@ def test_what_a_mesh_makes_needs_no_random_points(data: st.DataObject) -> None:
 
     boxes = cut(0)
     offsets, sizes = columns(boxes, len(shape))
-    assert _slabs_in_order(shape, offsets, sizes)
+    shapes, counts = np.array([shape], np.int64), np.array([len(boxes)])
+    assert slabs_in_order(shapes, counts, offsets, sizes).all()
     check_tiling(shape, offsets, sizes, tensor="w")
 
 
@@ -157,3 +158,34 @@ def test_sums_beyond_64_bits_do_not_wrap() -> None:
     with pytest.raises(DamagedCheckpointError) as caught:
         check_tiling(shape, np.zeros_like(sizes), sizes, tensor="w")
     assert caught.value.kind == "chunks_overlap"
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_slabs_of_several_tensors_are_told_apart(data: st.DataObject) -> None:
+    """What is said to be in order covers each element once, whoever its neighbours are."""
+    ndim = data.draw(st.integers(1, 2))
+    shapes, tensors = [], []
+    for _ in range(data.draw(st.integers(1, 5))):
+        shape = tuple(data.draw(st.integers(1, 3)) for _ in range(ndim))
+        box = st.tuples(*(st.integers(0, n - 1) for n in shape)).flatmap(
+            lambda at, shape=shape: st.tuples(
+                st.just(at),
+                st.tuples(*(st.integers(1, n - o) for o, n in zip(at, shape, strict=True))),
+            )
+        )
+        rows = [((row, *(0,) * (ndim - 1)), (1, *shape[1:])) for row in range(shape[0])]
+        tensors.append(data.draw(st.one_of(st.just(rows), st.lists(box, min_size=1, max_size=4))))
+        shapes.append(shape)
+    offsets, sizes = columns([box for boxes in tensors for box in boxes], ndim)
+    counts = np.array([len(boxes) for boxes in tensors])
+    found = slabs_in_order(np.array(shapes), counts, offsets, sizes)
+    for shape, boxes, in_order in zip(shapes, tensors, found.tolist(), strict=True):
+        alone = slabs_in_order(np.array([shape]), np.array([len(boxes)]), *columns(boxes, ndim))
+        assert alone.tolist() == [in_order]
+        held = np.zeros(shape, np.int64)
+        for at, size in boxes:
+            held[tuple(slice(o, o + n) for o, n in zip(at, size, strict=True))] += 1
+        assert (held == 1).all() or not in_order
+        by_rows = [((row, *(0,) * (ndim - 1)), (1, *shape[1:])) for row in range(shape[0])]
+        assert in_order or boxes != by_rows

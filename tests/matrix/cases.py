@@ -124,6 +124,6 @@ def _properties(case: Case) -> Mapping[str, object]:
         "when": case.when,
         "subset": case.subset,
         "world_size": case.world_size,
-        "chief": case.coordinator == 0,
+        "coordinator": case.coordinator,
         "host": case.host,
     }

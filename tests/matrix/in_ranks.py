@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,14 @@ from tests.matrix.strike import Strike, StruckStore, mark_done, strike_method
 __all__ = ["killed", "recover", "survived"]
 
 QUICK = Rhythm(interval=0.1, grace=0.5, idle_poll=0.02)
-DEADLINE = 1.5
+SLOWNESS = float(os.environ.get("DCP_MATRIX_SLOWNESS", "1"))
+"""How many times slower than in a quiet run things may be before that counts as a failure: more
+where many groups of ranks share a machine with others."""
+DEADLINE = 1.5 * SLOWNESS
 """Seconds for an operation in which a rank hangs."""
-STALL = 1.5
+WORKER_DEADLINE = 8.0 * SLOWNESS
+"""The same where workers save, which give way to everything else."""
+STALL = 1.5 * SLOWNESS
 """Seconds of silence that are death here: fifteen heartbeats."""
 PATIENCE = 40.0
 """Seconds for everything else: never reached."""
@@ -104,9 +109,9 @@ class _ItemLoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def _engine() -> dcp.Engine:
-    made = dcp.Engine(timeout=PATIENCE, stall_timeout=STALL)
+    made = dcp.Engine(timeout=PATIENCE, stall_timeout=PATIENCE)
     if dist.get_world_size() > 1:
-        made._session = open_session(rhythm=QUICK)
+        made._sessions.use(open_session(rhythm=QUICK))
     return made
 
 
@@ -114,15 +119,20 @@ def _operate(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strik
     OPERATIONS[case.site.operation](on, case, path, value, strikes)
 
 
+def _deadline(case: Case) -> float:
+    return WORKER_DEADLINE if case.site.operation == "async process" else DEADLINE
+
+
 def _options(case: Case) -> dict[str, Any]:
     return {
         "no_dist": case.world_size == 1,
         "coordinator_rank": case.coordinator,
         # A rank that dies before its first word is missed at the deadline only.
-        "timeout": DEADLINE
+        "timeout": _deadline(case)
         if case.fault == "hang" or (case.fault == "kill" and case.site.outside)
         else PATIENCE,
-        "stall_timeout": STALL if case.fault == "kill" else PATIENCE,
+        # Of a worker's death its parent knows without waiting.
+        "stall_timeout": STALL if case.dies else PATIENCE,
     }
 
 
@@ -186,6 +196,10 @@ OPERATIONS: dict[str, Callable[[dcp.Engine, Case, str, float, Strikes], None]] =
 }
 
 
+def _plain_store(place: Any) -> FileSystemStore:
+    return FileSystemStore(place)
+
+
 def _struck_store(place: Any, *, site: Site, strikes: Strikes) -> Any:
     store: Any = FileSystemStore(place)
     if site.first.startswith("store."):
@@ -217,7 +231,7 @@ def _strikes(case: Case, control: str) -> Strikes:
             nth=case.site.nth,
             together=case.site.together and len(case.ranks) > 1,
             waiters=tuple(r for r in world if r not in case.ranks),
-            limit=DEADLINE + 0.5 if len(case.ranks) == case.world_size else PATIENCE,
+            limit=_deadline(case) + 0.5 if len(case.ranks) == case.world_size else PATIENCE,
             **common,
         ),
         "first": Strike(
@@ -256,14 +270,20 @@ def _outcome(run: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
-def _warm_up(on: dcp.Engine, case: Case, path: str, value: float) -> None:
-    """An operation of the kind, so that what the engine keeps for it is there."""
-    if case.site.operation in _EXECUTORS:
+def _warm_up(on: dcp.Engine, cases: Sequence[Case], path: str, value: float) -> None:
+    """Operations of the kind, so that what the engine keeps for them is there."""
+    case = cases[0]
+    if case.site.operation not in _EXECUTORS:
+        return
+    # What another stager has staged is staged once more for a worker, in memory of its own.
+    for stager in (None, _Stager()) if any(c.site.subject == "stager" for c in cases) else (None,):
         on.async_save(
-            _State(value).content,
-            checkpoint_id=path,
+            _State(value, own=stager is None).content,
+            # Of this module, so that a worker imports it now: that takes seconds.
+            storage_writer=ShardedWriter(_plain_store, path),
             no_dist=case.world_size == 1,
             async_checkpointer_type=_EXECUTORS[case.site.operation],
+            async_stager=stager,
         ).result(PATIENCE)
 
 
@@ -330,7 +350,7 @@ def survived(cases: list[Case], root: str) -> list[dict[str, Any]]:
         for _ in range(2):
             _save(on, place, value)
             _load(on, place)
-            _warm_up(on, cases[0], place, value)
+            _warm_up(on, cases, place, value)
         sockets = _resources()["socket"]
         for number, case in enumerate(cases):
             before = _resources()
@@ -352,7 +372,7 @@ def killed(case: Case, root: str) -> dict[str, Any]:
     place = f"{root}/checkpoint"
     with _engine() as on:
         _save(on, place, 1.0)
-        _warm_up(on, case, place, 1.0)
+        _warm_up(on, [case], place, 1.0)
         dist.barrier()  # nobody dies, and takes the store along, before all have heard of that
         before = _resources()
         report = _struck(on, case, place, 1.0, f"{root}/control-0")

@@ -33,6 +33,8 @@ LANES = 6
 """Groups of ranks that run cases at the same time: most of a case is waiting for a deadline."""
 BATCH = 12
 """Cases over one process group, where none of its ranks dies."""
+WORKER_BATCH = 30
+"""The same where ranks save by workers, whose start costs more than a case."""
 
 
 @dataclass
@@ -81,6 +83,9 @@ def run_cases(
                             findings.wrong.append((case, texts))
                             if verbose:
                                 print(case, *texts, sep="\n    ", flush=True)
+                        if verbose and findings.cases % 250 == 0:
+                            seconds = time.monotonic() - began
+                            print(f"{findings.cases} cells in {seconds:.0f} s", flush=True)
         finally:
             pool.close()
 
@@ -105,7 +110,8 @@ def _batches(cases: Iterable[Case]) -> list[list[Case]]:
             and (case.world_size, case.fault == "hang", case.site.operation)
             == (size, hangs, operation)
         ]
-        rest.extend(alike[at : at + BATCH] for at in range(0, len(alike), BATCH))
+        batch = WORKER_BATCH if operation == "async process" else BATCH
+        rest.extend(alike[at : at + batch] for at in range(0, len(alike), batch))
     # Idle waits and work side by side.
     mixed = [batch for pair in itertools.zip_longest(kills, rest) for batch in pair if batch]
     return mixed
@@ -143,6 +149,7 @@ def _run_kill(pool: RankPool, batch: list[Case], root: str) -> list[Result]:
     (case,) = batch
     doomed = _doomed(case)
     during: Sequence[Any] = [None] * case.world_size
+    died = ""
     try:
         during = pool.run(
             case.world_size,
@@ -154,11 +161,14 @@ def _run_kill(pool: RankPool, batch: list[Case], root: str) -> list[Result]:
             host_in_rank=case.host,
             timeout=60.0,
         )
-    except RanksFailed:
+    except RanksFailed as error:
         if len(doomed) < case.world_size:
             raise
+        died = str(error)
     afterwards = pool.run(case.world_size, in_ranks.recover, root)
     texts = complaints(case, f"{root}/control-0", during, afterwards)
+    if texts and died:
+        texts.append(died)  # of something else than the fault
     return [(case, texts, _cleaned_by(afterwards[0]))]
 
 
@@ -182,12 +192,13 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="the pairwise sample only")
     parser.add_argument("--only", default="", help="cells whose names hold this")
     parser.add_argument("--lanes", type=int, default=LANES)
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--seconds", type=float, help="begin no case after so long")
     options = parser.parse_args()
     whole = full_matrix(options.operations)
     cases = sample(whole) if options.sample else whole
     cases = [case for case in cases if options.only in str(case)]
-    random.Random(0).shuffle(cases)
+    random.Random(options.seed).shuffle(cases)
     print(f"{len(cases)} of {len(whole)} cases", flush=True)
     until = time.monotonic() + options.seconds if options.seconds else None
     findings = run_cases(cases, lanes=options.lanes, until=until, verbose=True)

@@ -148,7 +148,7 @@ def _column_load() -> list[Site]:
     reader = [
         at(s, "takes_columns", outside=True),
         at(s, "reset"),
-        at(s, "open_checkpoint", together=False),
+        at(s, "open_checkpoint"),
         at(s, "local_data_file", "plan", alone=False),
         at(s, "read_object", "read"),
         at(s, "read_columns", "read"),
@@ -158,8 +158,8 @@ def _column_load() -> list[Site]:
     ]
     t = replace(s, subject="store")
     store = [
-        at(t, "size", name=MANIFEST, together=False),
-        at(t, "read", name=MANIFEST, together=False),
+        at(t, "size", name=MANIFEST),
+        at(t, "read", name=MANIFEST),
         at(t, "read", "read", name=DIGESTS),
         at(t, "read", "read", name=DATA),
         at(t, "size", "plan", name=DATA),

@@ -112,6 +112,25 @@ def test_complaints(case: Case, control: str, field: str, value: Any) -> None:
     assert complaints(case, control, reports, reports) != []
 
 
+@pytest.mark.parametrize(
+    ("named", "right"), [([[0], [1]], True), ([[0, 1], [1]], True), ([[1], [0]], False)]
+)
+def test_a_rank_whose_worker_died_names_itself_at_least(
+    tmp_path: Path, named: list[list[int]], right: bool
+) -> None:
+    name = (
+        "async process/columns/writer.write_columns: kill before on all of 2 ranks, coordinator 0"
+    )
+    (case,) = [case for case in full_matrix(["async process"]) if str(case) == name]
+    for rank in range(2):
+        (tmp_path / f"fault-fired-{rank}").touch()
+    reports = as_it_should_be()
+    for report, ranks in zip(reports, named, strict=True):
+        report.update(kind="worker_died", ranks=ranks, text="killed")
+    assert (complaints(case, str(tmp_path), reports, reports) == []) is right
+
+
 def test_a_fault_that_was_never_reached_is_no_success(case: Case, tmp_path: Path) -> None:
     reports = as_it_should_be()
-    assert complaints(case, str(tmp_path), reports, reports) == ["the fault was never reached"]
+    found = complaints(case, str(tmp_path), reports, reports)
+    assert found[0] == "the fault was never reached"

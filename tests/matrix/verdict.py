@@ -37,7 +37,8 @@ def complaints(
     """
     struck, first = fired(control, "fault"), fired(control, "first")
     if not struck:
-        return ["the fault was never reached"]
+        seen = [report for report in during if report is not None]
+        return ["the fault was never reached", *(f"seen: {report['text']}" for report in seen)]
     found: list[str] = []
     for rank, report in enumerate(during):
         if report is not None:
@@ -68,23 +69,29 @@ def _of_one(
         if raised and not (doubt and report["kind"] == "commit_in_doubt"):
             yield f"raised {raised}, though all was over: {text}"
     elif raised == "CheckpointException":
-        yield from _of_verdict(case, report, struck, first)
+        yield from _of_verdict(case, rank, report, struck, first)
     elif not _may_raise(case, raised, rank in struck):
         yield f"raised {raised or 'nothing'}: {text}"
 
 
-def _of_verdict(case: Case, report: Report, struck: list[int], first: list[int]) -> Iterator[str]:
+def _of_verdict(
+    case: Case, rank: int, report: Report, struck: list[int], first: list[int]
+) -> Iterator[str]:
     site, text = case.site, report["text"]
     named = first if site.first and _is_harmless(case) else struck
     if _store_died(case, struck) and not _is_harmless(case):
         named = []
     if _all_are_late(case) and set(report["ranks"]) < set(named) and report["ranks"]:
         named = report["ranks"]  # the first to say so stopped the others
+    worker_died = rank in struck and case.fault == "kill" and not case.dies
+    if worker_died and rank in report["ranks"] and set(report["ranks"]) < set(named):
+        named = report["ranks"]  # what its worker knew of the others is gone with it
     if report["ranks"] != named:
         yield f"named {report['ranks']}, not {named}: {text}"
-    if report["kind"] not in (kinds := _kinds(case, struck)):
+    kinds = _kinds(case, struck) | ({"worker_died"} if worker_died else set())
+    if report["kind"] not in kinds:
         yield f"kind {report['kind']}, not of {kinds}: {text}"
-    if kinds & RAISED and "injected" not in text:
+    if report["kind"] in RAISED and "injected" not in text:
         yield f"does not say what was raised: {text}"
 
 
@@ -109,6 +116,8 @@ def _may_raise(case: Case, raised: str, struck: bool) -> bool:
     # has its name it does not matter what the store said.
     late = case.world_size == 1 and case.fault == "hang" and site.commit == "decided"
     late |= _all_are_late(case)  # and then nobody is
+    # A worker may die with its work done: its parent finds the commit.
+    late |= site.in_worker and case.fault == "kill" and site.commit == "decided"
     took_place = site.method == "replace" and case.when == "after"
     return late or (took_place and case.fault in ("exception", "unpicklable"))
 

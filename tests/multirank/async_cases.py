@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
 import dcp_engine as dcp
-from tests.async_saver.gated import FailingWriter, Gate, GatedWriter, wait_until
+from dcp_engine.staging.arena import Arena
+from tests.async_saver.gated import (
+    FailingWriter,
+    Gate,
+    GatedWriter,
+    copying_begins_when,
+    wait_until,
+)
 from tests.multirank import states
 
 LIMIT = 40
@@ -97,6 +106,28 @@ def outcome(response: dcp.AsyncSaveResponse) -> dict[str, Any]:
     return {"failed": [], "kind": None}
 
 
+@contextmanager
+def no_memory_on(rank: int) -> Iterator[None]:
+    """No arena can be had there."""
+
+    def refuse(self: Arena, nbytes: int) -> bool:
+        raise dcp.StagingError("no memory", kind="out_of_memory")
+
+    reserve = Arena.reserve
+    if dist.get_rank() == rank:
+        Arena.reserve = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Arena.reserve = reserve  # type: ignore[method-assign]
+
+
+def collectives() -> int:
+    """How many the training group has seen."""
+    group: Any = dist.distributed_c10d._get_default_group()
+    return int(group._get_sequence_number_for_group())
+
+
 def save_in_turn(path: str, kind: str) -> dict[str, Any]:
     """Three saves, each changed at once; then one rank fails; then one cannot begin."""
     rank, found = dist.get_rank(), {}
@@ -120,6 +151,23 @@ def save_in_turn(path: str, kind: str) -> dict[str, Any]:
             found["at the call"] = outcome(response)
         save(engine, kind, path, 9.0).result(LIMIT)
         found["new"] = holds(path, 9.0)
+        with no_memory_on(1):
+            try:
+                found["no memory"] = outcome(save(engine, kind, path, 10.0))
+            except dcp.StagingError as error:
+                found["no memory"] = {"text": str(error)}
+            response = save(engine, kind, path, 11.0, on_low_memory="sync")
+            found["waited"] = response.done()
+            response.result(LIMIT)
+        found["direct"] = holds(path, 11.0)
+        state = content(12.0)
+        before = collectives()
+        engine.async_save(
+            state, checkpoint_id=path, async_checkpointer_type=KINDS[kind], timeout=LIMIT
+        ).result(LIMIT)
+        found["collectives"] = collectives() - before
+        dist.barrier()
+        assert collectives() > before, "they are counted"
         found["worker"] = engine.worker_pid not in (None, os.getpid())
     return found
 
@@ -147,8 +195,10 @@ KILLED_IN = [
     (0, "commit_columns"),
     (0, "start"),
     (1, "start"),
+    (1, "staging"),
 ]
-"""Ranks, and methods of the writer; ``observe`` is in the plan, ``start`` before all of them."""
+"""Ranks, and methods of the writer; ``observe`` is in the plan, ``start`` before all of them, and
+``staging`` while the parent copies in the background."""
 
 
 def kill_idle_worker(engine: dcp.Engine) -> None:
@@ -157,6 +207,26 @@ def kill_idle_worker(engine: dcp.Engine) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: engine.worker_pid != pid, "the worker's end")
+
+
+def save_and_kill_while_copying(
+    engine: dcp.Engine, path: str, value: float
+) -> dcp.AsyncSaveResponse:
+    """The worker has nothing to do with the save yet."""
+    with copying_begins_when() as begin:
+        state = content(value)
+        response = engine.async_save(
+            state,
+            checkpoint_id=path,
+            async_checkpointer_type=KINDS["process"],
+            background_staging=True,
+            timeout=LIMIT,
+        )
+        kill_idle_worker(engine)
+        begin.set()
+        engine.wait_for_staging(LIMIT)
+    spoil(state)
+    return response
 
 
 def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
@@ -173,8 +243,11 @@ def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
                 writer = GatedWriter(path, gate, method)
                 if method == "start":
                     kill_idle_worker(engine)
-            response = save(engine, "process", path, 99.0, storage_writer=writer)
-            if rank == victim:
+            if method == "staging" and rank == victim:
+                response = save_and_kill_while_copying(engine, path, 99.0)
+            else:
+                response = save(engine, "process", path, 99.0, storage_writer=writer)
+            if rank == victim and method != "staging":
                 if method != "start":
                     gate.wait_for_visitor()
                 assert engine.worker_pid is not None

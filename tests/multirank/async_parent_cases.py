@@ -52,21 +52,21 @@ def save_old(path: str) -> None:
     dcp.save(_content(OLD), checkpoint_id=path)
 
 
-def lose_parent(path: str, notes: str, victim: int, point: str) -> dict[str, Any]:
-    """Save over what is there, and end with SIGKILL on one rank. Returns what came of it on the
-    others; the victim leaves its worker's number in ``notes``."""
+def lose_parents(path: str, notes: str, victims: list[int], point: str) -> dict[str, Any]:
+    """Save over what is there, and end with SIGKILL on some ranks. Returns what came of it on the
+    others; the victims leave their workers' numbers in ``notes``."""
     rank = dist.get_rank()
     engine = dcp.Engine(stall_timeout=STALL)
     if point != "start":
         engine.warmup(_content(NEW))
     gate = Gate(Path(notes) / f"gate-{rank}")
-    options = _held(point, path, gate, rank, victim)
+    options = _held(point, path, gate, rank, victims)
     options["timeout"] = LIMIT if point in ("start", "staging") else async_cases.LIMIT
-    if rank == victim and point == "staging":
+    if rank in victims and point == "staging":
         Copier.copy = die_while_copying  # type: ignore[method-assign]
         leave_word(engine, notes)
     response = save(engine, path, NEW, **options)
-    if rank == victim:
+    if rank in victims:
         if "storage_writer" in options or "planner" in options:
             gate.wait_for_visitor()
         elif point == "committed":  # held up is the coordinator
@@ -75,7 +75,8 @@ def lose_parent(path: str, notes: str, victim: int, point: str) -> dict[str, Any
         leave_word(engine, notes)
         die()
     if point == "committed":
-        wait_until(lambda: gone(processes_of(notes)[1]), "the end of the other worker")
+        [victim] = victims
+        wait_until(lambda: gone(processes_of(notes, victim)[1]), "the end of the other worker")
         gate.open()
     found = async_cases.outcome(response)
     found["next"] = _alone(engine, f"{path}-alone")
@@ -107,30 +108,30 @@ def leave_word(engine: dcp.Engine, notes: str) -> None:
     """Which process this is, and which the worker; while both live, nothing is in /dev/shm."""
     assert engine.worker_pid is not None
     assert not shared_memory_of(os.getpid(), engine.worker_pid)
-    note = Path(notes) / "worker.part"
+    note = Path(notes) / f"worker-{dist.get_rank()}.part"
     note.write_text(f"{os.getpid()} {engine.worker_pid}")
-    note.rename(Path(notes) / "worker")
+    note.rename(note.with_suffix(""))
 
 
-def processes_of(notes: str) -> tuple[int, int]:
+def processes_of(notes: str, victim: int) -> tuple[int, int]:
     """Waits for that word."""
-    note = Path(notes) / "worker"
+    note = Path(notes) / f"worker-{victim}"
     wait_until(note.exists, "the victim's word")
     parent, worker = map(int, note.read_text().split())
     return parent, worker
 
 
-def _held(point: str, path: str, gate: Gate, rank: int, victim: int) -> dict[str, Any]:
-    if point == "planning" and rank == victim:
+def _held(point: str, path: str, gate: Gate, rank: int, victims: list[int]) -> dict[str, Any]:
+    if point == "planning" and rank in victims:
         return {"planner": GatedPlanner(gate)}
     if point == "planning":
         return {"planner": NamedPlanner()}
-    if point == "writing" and rank == victim:
+    if point == "writing" and rank in victims:
         return {"storage_writer": GatedWriter(path, gate, "write_columns", after=True)}
-    if point == "commit" and rank == victim:
+    if point == "commit" and rank in victims:
         return {"storage_writer": GatedWriter(path, gate, "commit_columns")}
     if point == "committed" and rank == 0:
-        return {"storage_writer": GatedWriter(path, gate, "commit_columns", after=victim == 0)}
+        return {"storage_writer": GatedWriter(path, gate, "commit_columns", after=victims == [0])}
     return {}
 
 

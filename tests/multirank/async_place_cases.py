@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import dcp_engine as dcp
-from dcp_engine.staging.copier import Copier
-from tests.async_saver.gated import Gate, GatedWriter, wait_until
+from tests.async_saver.gated import Gate, GatedWriter, copying_begins_when, wait_until
 from tests.async_saver.test_process import gone
 from tests.multirank import async_cases
 from tests.multirank.async_cases import KINDS, LIMIT, holds, outcome, save
@@ -214,7 +210,7 @@ def stage_behind_fused_steps(path: str, kind: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     _step(model, optimizer)
     found: dict[str, Any] = {"with": [], "local": []}
-    with _copying_begins_when() as begin, dcp.Engine() as engine:
+    with copying_begins_when() as begin, dcp.Engine() as engine:
         wait = engine.wait_for_staging
 
         def begin_and_wait(timeout: float | None = None) -> None:
@@ -295,22 +291,6 @@ def _loaded_parts(
     into = empty(_state(model, optimizer))
     dcp.load({"training": into}, checkpoint_id=path)
     return _local_parts(into)
-
-
-@contextmanager
-def _copying_begins_when() -> Iterator[threading.Event]:
-    """Every copy waits for the event."""
-    begin, copy = threading.Event(), Copier.copy
-
-    def late(*args: Any, **kwargs: Any) -> None:
-        assert begin.wait(LIMIT), "nobody let the copying begin"
-        copy(*args, **kwargs)
-
-    Copier.copy = late  # type: ignore[method-assign,assignment]
-    try:
-        yield begin
-    finally:
-        Copier.copy = copy  # type: ignore[method-assign]
 
 
 # -- endurance ---------------------------------------------------------------------------------

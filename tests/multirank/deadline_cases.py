@@ -33,7 +33,7 @@ STALL = 1.5
 def engine(group: Any = None, *, stall_timeout: float = STALL) -> dcp.Engine:
     """An engine whose ranks speak often, so that silence is noticed soon."""
     made = dcp.Engine(group, timeout=40.0, stall_timeout=stall_timeout)
-    made._session = open_session(group, rhythm=QUICK)
+    made._sessions.use(open_session(group, rhythm=QUICK))
     return made
 
 
@@ -85,8 +85,7 @@ def outcome(run: Callable[[], Any]) -> dict[str, Any]:
 def strike_in(on: dcp.Engine, phase: str, strike: Strike, *, deciding: bool = False) -> None:
     """In the next operation of ``on``, call ``strike`` on this rank when it is in ``phase``: in
     its own work, or (``deciding``) in the coordinator's decision."""
-    session = on._session
-    assert session is not None
+    session = on._sessions.get(no_dist=False)
     begin = session.begin
 
     def begin_struck(*args: Any, **kwargs: Any) -> Operation:
@@ -229,8 +228,7 @@ def hanging(path: str, kind: str, phase: str, deadlines: dict[str, Any]) -> dict
     with engine(stall_timeout=20.0) as on:
         save(on, path, 1.0)
         if dist.get_rank() == 1:
-            session = on._session
-            assert session is not None
+            session = on._sessions.get(no_dist=False)
             begin = session.begin
 
             def begin_hanging(*args: Any, **kwargs: Any) -> Operation:

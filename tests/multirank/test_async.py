@@ -24,9 +24,14 @@ def test_saves_and_failures_in_turn(ranks: Any, tmp_path: Path, kind: str) -> No
         assert found[rank]["old"]
         assert "bad" in found[rank]["at the call"]["text"]
         assert found[rank]["new"]
+        assert "no memory" in found[rank]["no memory"]["text"]
+        assert found[rank]["direct"]
+        assert found[rank]["collectives"] == 0, "of the training group"
         assert found[rank]["worker"] is (kind == "process")
     assert found[0]["at the call"]["failed"] == [1]
     assert "failed" not in found[1]["at the call"], "the rank itself is told at the call"
+    assert found[0]["no memory"]["failed"] == [1]
+    assert found[1]["waited"], "this rank saved while training waited"
 
 
 def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
@@ -37,7 +42,7 @@ def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
         *killed, last = found
         for case in killed:
             # One that is dead before the save has asked for it is replaced, and nothing fails.
-            if case["method"] != "start" or case["failed"]:
+            if case["method"] not in ("start", "staging") or case["failed"]:
                 assert case["failed"] == [case["victim"]], case
                 assert "SIGKILL" in case["text"], case
             assert case["before"], case

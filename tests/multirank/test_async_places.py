@@ -62,7 +62,7 @@ def test_background_staging_behind_fused_steps(ranks: Any, tmp_path: Path, kind:
 def test_200_saves_of_two_ranks(ranks: Any, tmp_path: Path, kind: str) -> None:
     found = ranks.run(2, cases.save_often, str(tmp_path / "c"), kind, 200, 81, timeout=280)
     for early, late in found:
-        assert late["keys"] - early["keys"] < 40, "keys of 118 saves, 39 of them failed"
+        assert late["keys"] == early["keys"], "of 118 saves, 39 of them failed"
         assert len(early["of"]) == (2 if kind == "process" else 1)
         for before, after in zip(early["of"], late["of"], strict=True):
             assert after["descriptors"] <= before["descriptors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from torch.distributed.tensor import Shard
 
 from dcp_engine.errors import UnsupportedStateError
 from dcp_engine.staging.arena import Arena
-from dcp_engine.staging.descriptors import receive_arena, send_arena
 from dcp_engine.staging.layout import ArenaLayout
 from dcp_engine.staging.staged_pickle import dump_staged, load_staged
 from dcp_engine.staging.stagers import DefaultStager
@@ -73,7 +73,7 @@ def test_what_cannot_be_pickled_is_named(stager: DefaultStager) -> None:
 
 
 def _other_process(connection: Connection) -> None:
-    arena = receive_arena(connection)
+    arena = Arena.attach(recv_handle(connection), connection.recv())
     while (message := connection.recv()) is not None:
         layout, size, data = message
         arena.extend(size)
@@ -102,7 +102,8 @@ def test_a_spawned_process_sees_the_same_memory(stager: DefaultStager) -> None:
     with here:
         staged = stager.begin(state())
         arena: Arena = staged.staging.arena
-        send_arena(here, arena)
+        send_handle(here, arena.fileno(), None)
+        here.send(arena.size)
         views, shards = ask(staged)
         expected = [bytes_of(tensor) for tensor in staged.staging.tensors()]
         assert staged.state_dict["big"][0, 0] == 77  # written over there

@@ -20,10 +20,8 @@ class MemoryMedium(Medium):
 
     def write(self, name: str, data: bytes) -> None:
         self._store.make_directory(name.rpartition("/")[0])
-        if name in self._store._files:
-            self._store._files[name].data = bytearray(data)
-        else:
-            self._store.put(name, data)
+        self._store._files.pop(name, None)
+        self._store.put(name, data)
 
     def names(self) -> set[str]:
         return set(self._store._files)

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import dcp_engine
+from dcp_engine.planning.load_plan import plan_boxes
+from dcp_engine.state.values import Box
 from storage_backends import read_files
 from storage_backends.filesystem import FileSystemReader, FileSystemWriter
 
@@ -185,8 +187,26 @@ def test_a_part_reads_its_blocks_only(
 
 
 def upper_half(manifest: Any, target: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
-    from dcp_engine.planning.load_plan import plan_boxes
-    from dcp_engine.state.values import Box
-
     box = Box(offsets=(0, 0), sizes=(500, 700))
     return plan_boxes(manifest.tensors["w"], [box]), [target]
+
+
+@pytest.mark.parametrize(("width", "excess"), [(2 * read_files.MIN_SKIP, 1.0), (256, 2.0)])
+def test_columns_without_digests_read_no_gap_that_is_worth_a_call(
+    tmp_path: Path, counting: Callable[[], Any], width: int, excess: float
+) -> None:
+    rows = 64
+    whole = torch.randint(0, 255, (2, rows, width), dtype=torch.uint8)
+    save({"w": whole}, tmp_path / "c")
+    reader = FileSystemReader(tmp_path / "c", verify_digests=False, thread_count=1)
+    manifest, _ = reader.open_checkpoint(None)
+    for half in range(2):
+        target = torch.zeros(2, rows, width // 2, dtype=torch.uint8)
+        box = Box(offsets=(0, 0, half * width // 2), sizes=tuple(target.shape))
+        columns = plan_boxes(manifest.tensors["w"], [box])
+        with counting() as counts:
+            reader.read_columns(manifest, columns, [target], lambda: None)
+        assert torch.equal(target, whole[:, :, half * width // 2 : (half + 1) * width // 2])
+        assert counts["read"] <= excess * target.nbytes + PAGE
+        assert (counts["preadv"] >= 2 * rows) == (excess == 1.0)
+    reader.close_checkpoint()

@@ -46,6 +46,17 @@ def describe_leaves(
         UnsupportedStateError: also when the parts of a leaf (``<fqn>.<attribute>``) take the name
             of another value (``kind="duplicate_key"``).
     """
+    with torch.no_grad():  # once: each entry is 2 us
+        described, has_parts = _described(leaves, group, flatten_sharded_tensors, for_load)
+    if has_parts:
+        _refuse_taken_names(described, group.rank)
+    return described
+
+
+def _described(
+    leaves: Iterable[Leaf], group: GroupRanks, flatten_sharded_tensors: bool, for_load: bool
+) -> tuple[list[tuple[Leaf, list[Value]]], bool]:
+    """What ``describe_leaves`` returns, and whether some leaf has values of other names."""
     meshes = Meshes(group=group)
     plain = _PlainTensors()
     result: list[tuple[Leaf, list[Value]]] = []
@@ -59,9 +70,7 @@ def describe_leaves(
         values = _describe(leaf.fqn, value, kind, meshes, flatten_sharded_tensors, for_load)
         has_parts = has_parts or len(values) != 1 or values[0].fqn != leaf.fqn
         result.append((leaf, values))
-    if has_parts:
-        _refuse_taken_names(result, group.rank)
-    return result
+    return result, has_parts
 
 
 class _PlainTensors:

@@ -38,8 +38,8 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
         UnsupportedStateError: a ``Partial`` (or unknown) placement, a mesh that reaches outside
             the group, a local tensor whose shape is not what mesh and placements imply.
     """
-    shape = tuple(int(n) for n in value.shape)
-    placements = tuple(_spell(fqn, p, len(shape)) for p in value.placements)
+    shape = tuple(value.shape)
+    placements = tuple([_spell(fqn, p, len(shape)) for p in value.placements])
     mesh = value.device_mesh
     place = meshes.place(mesh)
     if place.outside:
@@ -49,41 +49,56 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
             f"group of this operation",
             "pass a process_group= that holds the whole mesh",
         )
-    with torch.no_grad():
-        local = value.to_local()
-    if is_async_collective(local):
-        local = local.trigger_wait()
-    if has_checkpoint_methods(local):
-        # The local tensor knows its own chunks, which need not be what the mesh implies.
-        return describe_checkpointable(fqn, local, shape=shape, argument=value, for_load=for_load)
-    if has_own_dispatch(local):
-        raise refusal(
-            fqn,
-            f"a DTensor of {type(local).__qualname__} cannot be stored: which part of the wrapped "
-            "tensors a rank holds does not follow from the placements",
-            "store the inner tensors, or give the class the _Checkpointable methods",
-        )
+    local = _local(value)
+    if type(local) is not torch.Tensor:  # rare
+        if is_async_collective(local):
+            local = local.trigger_wait()
+        if has_checkpoint_methods(local):
+            # The local tensor knows its own chunks, which need not be what the mesh implies.
+            return describe_checkpointable(
+                fqn, local, shape=shape, argument=value, for_load=for_load
+            )
+        if has_own_dispatch(local):
+            raise refusal(
+                fqn,
+                f"a DTensor of {type(local).__qualname__} cannot be stored: which part of the "
+                "wrapped tensors a rank holds does not follow from the placements",
+                "store the inner tensors, or give the class the _Checkpointable methods",
+            )
     local_shape = tuple(local.shape)
     key = (id(mesh), shape, local_shape, placements)
     reading: _Reading | None = meshes.readings.get(key)
     if reading is None:
         reading = meshes.readings[key] = _read(fqn, shape, local_shape, placements, place)
-    memory = plain_memory(fqn, local, for_load=for_load) if reading.part.boxes else local
+    boxes = reading.part.boxes
+    memory = plain_memory(fqn, local, for_load=for_load) if boxes else local
+    tensors: tuple[torch.Tensor, ...]
+    if len(boxes) == 1 and boxes[0].sizes == local_shape:  # most are
+        tensors = (memory,)
+    else:
+        tensors = tuple(
+            _narrow(memory, within, box.sizes)
+            for box, within in zip(boxes, reading.part.within, strict=True)
+        )
     return [
         TensorValue(
             fqn=fqn,
-            kind=EntryKind.REPLICATED if set(placements) <= {REPLICATE} else EntryKind.SHARDED,
+            kind=EntryKind.REPLICATED if reading.replicated else EntryKind.SHARDED,
             dtype=local.dtype,
             shape=shape,
-            boxes=reading.part.boxes,
-            tensors=tuple(
-                _narrow(memory, within, box.sizes)
-                for box, within in zip(reading.part.boxes, reading.part.within, strict=True)
-            ),
+            boxes=boxes,
+            tensors=tensors,
             layout=reading.layout,
             requires_grad=bool(value.requires_grad),
         )
     ]
+
+
+def _local(value: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return value.to_local()
+    with torch.no_grad():
+        return value.to_local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,8 @@ class _Reading:
 
     part: LocalPart
     layout: MeshLayout | None
+    replicated: bool
+    """Every placement replicates."""
 
     @staticmethod
     def make(shape: tuple[int, ...], placements: tuple[str, ...], place: MeshPlace) -> _Reading:
@@ -101,7 +118,7 @@ class _Reading:
         layout = None
         if place.ranks is not None:
             layout = MeshLayout(mesh_shape=place.shape, ranks=place.ranks, placements=placements)
-        return _Reading(part=part, layout=layout)
+        return _Reading(part=part, layout=layout, replicated=set(placements) <= {REPLICATE})
 
 
 def _read(

@@ -43,8 +43,10 @@ class NameChecks(StoreFixtures):
 
     FLAGS = (
         "random_write",
+        "concurrent_writes",
         "atomic_replace",
         "create_if_absent",
+        "replace_if_same",
         "durable_sync",
         "shared_between_processes",
     )
@@ -108,6 +110,8 @@ class NameChecks(StoreFixtures):
         ]
         if store.atomic_replace:
             calls.append(lambda: store.replace("f", name))
+        if store.replace_if_same:
+            calls += [lambda: store.tag(name), lambda: store.put_over(name, b"bad", store.tag("f"))]
         for call in calls:
             with pytest.raises((CheckpointError, OSError, ValueError)):
                 call()

@@ -115,24 +115,88 @@ class PutChecks(StoreFixtures):
     ) -> None:
         if not store.create_if_absent:
             pytest.skip("create_if_absent is false")
-        stores = [open_store() for _ in range(8)]
-        for number in range(max(3, self.ROUNDS // 10)):
-            name = f"f{number}"
-            winners: list[int] = []
+        rounds = max(3, self.ROUNDS // 10)
+        self._race(
+            open_store,
+            medium,
+            [f"f{number}" for number in range(rounds)],
+            lambda each, name, data, _: each.put(name, data, if_absent=True),
+        )
+        assert len(medium.names()) == rounds
 
-            def one(caller: int, name: str = name, winners: list[int] = winners) -> None:
+    def _race(
+        self,
+        open_store: OpenStore,
+        medium: Medium,
+        names: list[str],
+        put: Callable[[ByteStore, str, bytes, str], None],
+        tag: Callable[[str], str] = lambda _: "",
+    ) -> None:
+        """One of eight callers wins each round, and what it put is there."""
+        stores = [open_store() for _ in range(8)]
+        for number, name in enumerate(names):
+            won: list[bytes] = []
+
+            def one(
+                caller: int,
+                number: int = number,
+                name: str = name,
+                known: str = tag(name),
+                won: list[bytes] = won,
+            ) -> None:
+                # Never the same twice: a tag may be a digest of the content.
+                data = b"caller %d, round %d " % (caller, number) * 100
                 try:
-                    stores[caller].put(name, b"%d" % caller * 1000, if_absent=True)
+                    put(stores[caller], name, data, known)
                 except FileExistsError:
                     return
-                winners.append(caller)
+                won.append(data)
 
             in_parallel(8, one)
-            assert len(winners) == 1
-            assert medium.read(name) == b"%d" % winners[0] * 1000
+            assert len(won) == 1
+            assert medium.read(name) == won[0]
         for each in stores:
             each.close()
-        assert len(medium.names()) == max(3, self.ROUNDS // 10)
+
+    def test_put_over(self, store: ByteStore, medium: Medium) -> None:
+        """What is there is replaced if it is what the caller knows, whoever changed it."""
+        if not store.replace_if_same:
+            pytest.skip("replace_if_same is false")
+        store.put("f", b"1st")
+        first = store.tag("f")
+        assert store.tag("f") == first
+        store.put_over("f", b"2nd", first)
+        assert medium.snapshot() == {"f": b"2nd"}
+        second = store.tag("f")
+        assert second != first
+        with pytest.raises(FileExistsError):
+            store.put_over("f", b"by its old tag", first)
+        assert medium.snapshot() == {"f": b"2nd"}
+        medium.write("f", b"3rd")
+        with pytest.raises(FileExistsError):
+            store.put_over("f", b"over what nobody looked at", second)
+        assert medium.snapshot() == {"f": b"3rd"}
+        third = store.tag("f")
+        store.delete(["f"])
+        with pytest.raises(FileNotFoundError):
+            store.tag("f")
+        with pytest.raises(FileExistsError):
+            store.put_over("f", b"over nothing", third)
+        assert medium.names() == set()
+
+    def test_put_over_lets_one_win(
+        self, open_store: OpenStore, store: ByteStore, medium: Medium
+    ) -> None:
+        if not store.replace_if_same:
+            pytest.skip("replace_if_same is false")
+        store.put("f", b"what all know")
+        self._race(
+            open_store,
+            medium,
+            ["f"] * max(3, self.ROUNDS // 10),
+            lambda each, name, data, tag: each.put_over(name, data, tag),
+            store.tag,
+        )
 
     def test_a_put_is_seen_by_others(self, store: ByteStore, other: ByteStore) -> None:
         store.put("f", b"one")

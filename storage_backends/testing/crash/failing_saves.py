@@ -15,6 +15,7 @@ from storage_backends.testing.crash.runs import (
     Budget,
     explorer_of,
     nothing,
+    operations_of,
     record_of,
     save_new,
     save_old,
@@ -42,9 +43,7 @@ class _NthFails:
 
 def _failing(name: str, budget: Budget, *, stays: bool) -> Report:
     explorer = explorer_of(name, rules.one_save("old", "new"), budget)
-    whole = record_of(save_old, save_new)
-    count = sum(1 for _ in whole.steps)
-    for nth in range(1, count + 1, budget.every):
+    for nth in range(1, len(operations_of(save_old, save_new)) + 1, budget.every):
         explorer.explore(record_of(save_old, save_new, fault=_NthFails(nth, stays=stays)))
     return explorer.report()
 
@@ -65,7 +64,6 @@ def failing_first_save(budget: Budget) -> Report:
     explorer = explorer_of(
         "first save, one operation fails", rules.one_save(jobs.NONE, "new"), budget
     )
-    count = sum(1 for _ in record_of(nothing, save_new).steps)
-    for nth in range(1, count + 1, budget.every):
+    for nth in range(1, len(operations_of(nothing, save_new)) + 1, budget.every):
         explorer.explore(record_of(nothing, save_new, fault=_NthFails(nth, stays=False)))
     return explorer.report()

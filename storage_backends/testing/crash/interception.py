@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from storage_backends.testing.crash.recorder import Recorder, Where
 
-__all__ = ["recording"]
+__all__ = ["intercepting", "recording"]
 
 Bytes = bytes | bytearray | memoryview
 
@@ -29,13 +29,21 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """While this is open, what any thread of this process does below the recorder's root goes
     through the recorder. One at a time."""
+    with intercepting(recorder):
+        yield recorder
+    recorder.verify()
+
+
+@contextmanager
+def intercepting(recorder: Recorder) -> Iterator[None]:
+    """The same where the record of this process does not explain the directory: others write
+    there, too."""
     with ExitStack() as stack:
         for module, name, replacement in _replacements(recorder):
             original = getattr(module, name)
             stack.callback(setattr, module, name, original)
             setattr(module, name, replacement)
-        yield recorder
-    recorder.verify()
+        yield
 
 
 def _replacements(recorder: Recorder) -> list[tuple[Any, str, Callable[..., Any]]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dcp_engine.async_saver import AsyncCheckpointerType
 from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Session
 from dcp_engine.coordination.simulated import run_simulated
@@ -49,6 +50,7 @@ __all__ = [
     "save_alone",
     "save_share",
     "save_together",
+    "worker_saver",
 ]
 
 CHECKPOINT = "runs/step-1"
@@ -180,11 +182,31 @@ def save_alone(
 @contextmanager
 def async_saver(root: Path) -> Iterator[Callable[[dict[str, Any]], Future[Any]]]:
     """Starts asynchronous saves of states, one after the other, in a thread."""
+    with _async_saver(lambda: _writer(root), AsyncCheckpointerType.THREAD) as start:
+        yield start
+
+
+@contextmanager
+def worker_saver(writer: ShardedWriter) -> Iterator[Callable[[dict[str, Any]], Future[Any]]]:
+    """The same by a worker process, which ``writer`` is sent to."""
+    with _async_saver(lambda: writer, AsyncCheckpointerType.PROCESS) as start:
+        yield start
+
+
+@contextmanager
+def _async_saver(
+    writer: Callable[[], ShardedWriter], executor: AsyncCheckpointerType
+) -> Iterator[Callable[[dict[str, Any]], Future[Any]]]:
     with Engine() as engine:
 
         def start(state: dict[str, Any]) -> Future[Any]:
             return engine.async_save(
-                state, storage_writer=_writer(root), no_dist=True, user_metadata=_NOTE
+                state,
+                storage_writer=writer(),
+                async_checkpointer_type=executor,
+                no_dist=True,
+                user_metadata=_NOTE,
+                extra_files={"notes/config.json": str(state["step"]).encode() * 100},
             )
 
         yield start

@@ -40,7 +40,7 @@ from storage_backends.testing.crash.operations import (
 )
 from storage_backends.testing.crash.persistence import DiskAtPosition
 
-__all__ = ["Fault", "RecordError", "Recorder", "image_of"]
+__all__ = ["DeadThread", "Fault", "RecordError", "Recorder", "image_of", "require_explained"]
 
 T = TypeVar("T")
 Fault = Callable[[str], OSError | None]
@@ -52,6 +52,11 @@ Where = str | bytes | os.PathLike[str] | os.PathLike[bytes] | int
 
 class RecordError(Exception):
     """Something happened to the directory that the record does not hold, or cannot say."""
+
+
+class DeadThread(OSError):
+    """What a thread gets that is played dead: nothing of it reaches the system any more, so that
+    not even its failing is in the record. A fault may return it, too."""
 
 
 def image_of(root: str | os.PathLike[str]) -> Image:
@@ -67,6 +72,29 @@ def image_of(root: str | os.PathLike[str]) -> Image:
     return Image(files=files, directories=frozenset(directories))
 
 
+def require_explained(record: Record, root: str | os.PathLike[str]) -> None:
+    """Raise ``RecordError`` unless ``record`` explains what is below ``root``, byte for byte."""
+    disk = DiskAtPosition(record)
+    for step in record.steps:
+        disk.advance(step.operation)
+    _compare(disk, root)
+
+
+def _compare(disk: DiskAtPosition, root: str | os.PathLike[str]) -> None:
+    expected, found = disk.whole(), image_of(root)
+    if expected.digest == found.digest:
+        return
+    changed = {
+        name
+        for name in {*expected.files, *found.files}
+        if expected.files.get(name) != found.files.get(name)
+    }
+    raise RecordError(
+        f"the record does not explain {sorted(changed)[:5]} and directories "
+        f"{sorted(expected.directories ^ found.directories)[:5]} of {root}"
+    )
+
+
 class Recorder:
     """What happens below ``root``, from now on; ``interception.recording`` feeds it.
 
@@ -76,6 +104,7 @@ class Recorder:
             that does it, outside the lock: where a scheduler lets others have their turn.
         fault: see ``Fault``.
         verify: compare record and directory at every operation; slow.
+        tell: called with each step when it is done, before the program goes on.
     """
 
     def __init__(
@@ -85,10 +114,12 @@ class Recorder:
         before: Callable[[], None] | None = None,
         fault: Fault | None = None,
         verify: bool = False,
+        tell: Callable[[Step], None] | None = None,
     ) -> None:
         self.root = os.path.realpath(root)
         self._before = before
         self._fault = fault
+        self._tell = tell
         self._lock = threading.RLock()
         self._steps: list[Step] = []
         self._nodes: dict[tuple[int, int], int] = {}
@@ -126,28 +157,11 @@ class Recorder:
     def verify(self) -> None:
         """Raise ``RecordError`` unless the record explains the directory byte for byte."""
         with self._lock:
-            disk = DiskAtPosition(self.record_before())
-            for step in self._steps:
-                disk.advance(step.operation)
-            self._compare(disk)
+            require_explained(self.record(), self.root)
 
     def record_before(self) -> Record:
         """The directory as it was, without what happened since."""
         return Record(files=dict(self._files), entries=dict(self._entries), steps=())
-
-    def _compare(self, disk: DiskAtPosition) -> None:
-        expected, found = disk.whole(), image_of(self.root)
-        if expected.digest == found.digest:
-            return
-        changed = {
-            name
-            for name in {*expected.files, *found.files}
-            if expected.files.get(name) != found.files.get(name)
-        }
-        raise RecordError(
-            f"the record does not explain {sorted(changed)[:5]} and directories "
-            f"{sorted(expected.directories ^ found.directories)[:5]} of {self.root}"
-        )
 
     def _take_inventory(self) -> None:
         self._number(os.stat(self.root))
@@ -185,16 +199,19 @@ class Recorder:
         self.pause()
         with self._lock:
             if threading.current_thread().name in self._refused:
-                raise OSError("this thread is dead")
+                raise DeadThread("this thread is dead")
             if self._mirror is not None:
-                self._compare(self._mirror)
+                _compare(self._mirror, self.root)
             error = None if self._fault is None else self._fault(kind)
             if error is not None:
                 raise error
             yield
 
     def _add(self, operation: Operation) -> None:
-        self._steps.append(Step(operation, threading.current_thread().name))
+        step = Step(operation, threading.current_thread().name)
+        self._steps.append(step)
+        if self._tell is not None:
+            self._tell(step)
         if self._mirror is not None:
             self._mirror.advance(operation)
 
@@ -287,6 +304,8 @@ class Recorder:
             with self._operation("sync"):
                 call()
                 self._add(Sync(node))
+        except DeadThread:
+            raise
         except OSError:
             with self._lock:
                 self._add(SyncFailed(node))

@@ -27,6 +27,7 @@ __all__ = [
     "goes_on",
     "marked",
     "nothing",
+    "operations_of",
     "record_of",
     "save_new",
     "save_old",
@@ -44,6 +45,10 @@ class Budget:
     """After how many turns of the first of several savers the others run to their ends."""
     every: int = 3
     """Each how-manieth operation is made to fail, in the scenarios of saves that fail."""
+    every_kill: int = 6
+    """Before each how-manieth operation a save is killed, in the scenarios of killed saves."""
+    all_deaths: bool = False
+    """Whether a worker is killed before each of its operations, or before one."""
     starts: int = 6
     """Crashed disks from which a next save is recorded and crashed again."""
     loads: int = 150
@@ -60,6 +65,8 @@ class Budget:
             orders=30,
             overtaken=range(180),
             every=1,
+            every_kill=1,
+            all_deaths=True,
             starts=60,
             loads=5000,
             follow_every=10,
@@ -113,6 +120,20 @@ def record_of(
         with recording(recorder):
             run(root, recorder)
         return recorder.record()
+
+
+def operations_of(
+    prepare: Callable[[Path], None], run: Callable[[Path, Recorder], None]
+) -> list[str]:
+    """The kinds of all operations that ``run`` asks for, as a fault is told of them; those that
+    fail by themselves and leave no step in the record are among them."""
+    kinds: list[str] = []
+
+    def notes(kind: str) -> None:
+        kinds.append(kind)
+
+    record_of(prepare, run, fault=notes)
+    return kinds
 
 
 def nothing(root: Path) -> None:

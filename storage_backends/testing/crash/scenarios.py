@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from storage_backends.testing.crash.async_saves import async_overwrites
+from storage_backends.testing.crash.async_saves import (
+    async_by_worker,
+    async_overwrites,
+    worker_dies,
+)
 from storage_backends.testing.crash.failing_saves import (
     failing_first_save,
     failing_for_good,
     failing_once,
 )
+from storage_backends.testing.crash.killed_saves import killed_then_next_save, killed_then_prune
 from storage_backends.testing.crash.runs import Budget, Scenario
 from storage_backends.testing.crash.several_ranks import (
     coordinator_dies,
@@ -53,6 +58,8 @@ SCENARIOS: Mapping[str, Scenario] = {
         failing_for_good,
         failing_first_save,
         crash_after_crash,
+        killed_then_prune,
+        killed_then_next_save,
         two_ranks_first,
         two_ranks_overwrite,
         one_rank_fails,
@@ -65,6 +72,8 @@ SCENARIOS: Mapping[str, Scenario] = {
         shares_over_incomplete,
         overwrite_shares,
         async_overwrites,
+        async_by_worker,
+        worker_dies,
         load_beside_saves,
         load_beside_first_save,
     )

@@ -315,6 +315,32 @@ class LooksThenPuts(Broken):
         self.inner.put(name, data)
 
 
+@caught_by("test_put_over", "test_put_over_lets_one_win")
+class ReplacesWhateverTheTag(Broken):
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        self.inner.put(name, data)
+
+
+@caught_by("test_put_over_lets_one_win")
+class LooksAtTheTagThenPuts(Broken):
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        if self.inner.tag(name) != tag:
+            raise FileExistsError(name)
+        self.meet()
+        self.inner.put(name, data)
+
+
+@caught_by("test_put_over")
+class TagsBySize(Broken):
+    def tag(self, name: str) -> str:
+        return str(self.inner.size(name))
+
+    def put_over(self, name: str, data: bytes, tag: str) -> None:
+        if self.tag(name) != tag:
+            raise FileExistsError(name)
+        self.inner.put(name, data)
+
+
 @caught_by("test_replace")
 class ReplacesByCopying(Broken):
     def replace(self, source: str, target: str) -> None:

@@ -12,9 +12,6 @@ from storage_backends.fsspec import FsspecByteStore, open_fsspec_store
 from storage_backends.testing import ByteStoreContract
 from storage_backends.testing.contracts.fixtures import OpenStore
 from storage_backends.testing.contracts.medium import DirectoryMedium, Medium
-from storage_backends.testing.contracts.puts import PutChecks
-from storage_backends.testing.contracts.reads import ReadChecks
-from storage_backends.testing.contracts.writes import WriteChecks
 from tests.servers.s3 import S3Server
 from tests.servers.s3_server import PAGE
 from tests.servers.sftp import SftpServer
@@ -107,9 +104,10 @@ class TestS3(ByteStoreContract):
         return s3.url(f"{bucket}/runs/one")
 
 
-class TestS3ByObstore(WriteChecks, PutChecks, ReadChecks):
+class TestS3ByObstore(ByteStoreContract):
     """A second client, in Rust, through its fsspec face."""
 
+    MANY_FILES = PAGE + 20
     ROUNDS = 10
 
     @pytest.fixture

@@ -108,7 +108,9 @@ def test_a_part_of_a_checkpoint(s3: S3Server) -> None:
     found = {"model": {"small": empty()["model"]["small"]}}
     dcp.load(found, storage_reader=FsspecReader(url, **options))
     assert found["model"]["small"].tolist() == [1.0, 1.0, 1.0]
-    ranges = [entry["range"] for entry in s3.log() if entry["range"]]
+    # The manifest is asked for by a range that is sure to be long enough.
+    asked = [entry for entry in s3.log() if not entry["path"].endswith("manifest.json")]
+    ranges = [entry["range"] for entry in asked if entry["range"]]
     fetched = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in ranges]
     assert sum(end - begin + 1 for begin, end in fetched) < 100_000
 
