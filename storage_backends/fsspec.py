@@ -188,8 +188,8 @@ class FsspecReader(ShardedReader):
 
     Args:
         path: what to read, unless a load says otherwise: a URL as fsspec takes it.
-        thread_count: how many reads are under way for one rank, each of which makes an eighth of
-            ``streams`` requests at once; None: 8.
+        thread_count: how many reads are under way for one rank, each of which makes a quarter of
+            ``streams`` requests at once; None: 4.
         verify_digests: False skips the digests of tensor data: damage goes unnoticed.
         max_inflight_bytes: bound of the memory a load holds beside its destination: half of it
             for answers, half for what threads work on. Lowers ``request_bytes`` (unless it is

@@ -55,7 +55,7 @@ __all__ = ["FsspecByteStore", "Limits"]
 
 T = TypeVar("T")
 
-READERS = 8
+READERS = 4
 """Calls of ``read`` at a time that the store is made for; ``FsspecReader`` makes as many."""
 
 

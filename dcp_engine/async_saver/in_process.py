@@ -180,10 +180,12 @@ class ProcessSaver:
                     self._present().arenas.discard(request.arena)
                 answer = self._ask(request, arena, news, timeout)
         except WorkerError as error:
+            self._generation += 1  # the workers may have made a group of which nobody told
             self._give_up_worker()
             record = settle_dead_worker(job, error, save_id=news.save_id, phase=news.phase)
             return _metadata(request.writer, job.checkpoint_id, record)
         except BaseException as error:
+            self._generation += 1
             if news.phase == "join":
                 self._give_up_worker()  # a thread of it may still wait for the group
             if isinstance(error, CheckpointException):

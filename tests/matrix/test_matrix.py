@@ -29,6 +29,15 @@ def _is_in_reach(case: Case) -> bool:
     return operation != "async process" or case.fault not in ("keyboard", "exit")
 
 
+def test_workers_that_all_died_find_each_other_again() -> None:
+    """Each time after the one before: new workers must not look for the dead ones."""
+    call = "async process/columns/writer.write_columns"
+    name = f"{call}: kill before on all of 2 ranks, coordinator 0"
+    (case,) = [case for case in full_matrix(["async process"]) if str(case) == name]
+    findings = run_cases([case] * 4, lanes=1)
+    assert not findings.wrong, str(findings)
+
+
 @pytest.mark.torture
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_whole_matrix(operation: str, capsys: pytest.CaptureFixture[str]) -> None:
