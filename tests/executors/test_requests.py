@@ -43,9 +43,9 @@ def test_where_a_handler_runs(tools: WorkerProcess) -> None:
 
 def test_it_keeps_out_of_the_way(tools: WorkerProcess) -> None:
     seen = about(tools)
-    assert seen["nice"] == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
+    assert seen["nice"] == min(os.getpriority(os.PRIO_PROCESS, 0) + 15, 19)
     # Where each session has an equal share of the processors, that of the worker's is lowered.
-    assert seen["autogroup"] is None or seen["autogroup"].split()[-2:] == ["nice", "10"]
+    assert seen["autogroup"] is None or seen["autogroup"].split()[-2:] == ["nice", "15"]
     assert seen["io"] in (None, 3 << 13, 2 << 13 | 7)  # idle, or the lowest of the ordinary ones
     assert seen["comm"] == "tools"
     assert (seen["gc"], seen["frozen"]) == (False, True)

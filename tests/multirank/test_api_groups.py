@@ -95,8 +95,13 @@ def mesh_outside(path: str) -> list[Any]:
 
 
 def test_a_mesh_that_reaches_outside_is_refused_by_name(ranks: Any, tmp_path: Path) -> None:
-    refused = ["unsupported_state", "w", [0, 1], True]
-    assert ranks.run(4, mesh_outside, str(tmp_path / "c")) == [refused, refused, [], []]
+    found = ranks.run(4, mesh_outside, str(tmp_path / "c"))
+    # Both find it, each by itself; one that is late by more than the grace is not named.
+    assert found[0] == found[1]
+    kind, tensor, named, right = found[0]
+    assert (kind, tensor, right) == ("unsupported_state", "w", True)
+    assert named in ([0], [1], [0, 1])
+    assert found[2:] == [[], []]
 
 
 def alone(path: str) -> list[str]:

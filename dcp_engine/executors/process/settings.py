@@ -23,9 +23,9 @@ class WorkerSettings:
     """For messages, and the name of the process in ``top``."""
     rank: int = 0
     """For messages."""
-    nice: int = 10
-    """Added to the parent's nice value once the worker is up. At 10 the worker gets a tenth of a
-    processor that the training wants too, and all of one that is idle."""
+    nice: int = 15
+    """Added to the parent's nice value once the worker is up. At 15 the worker gets a thirtieth of
+    a processor that the training wants too, and all of one that is idle."""
     idle_io: bool = True
     """Read and write in the idle class: after everybody else, where the disk's scheduler knows
     classes."""

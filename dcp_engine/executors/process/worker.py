@@ -76,7 +76,7 @@ def main(fd: int) -> NoReturn:
         text = traceback.format_exc().encode("utf-8", "replace")
         _send(channel, encode(StartFailed()), text)
         _exit(1)
-    # Not before: importing torch takes seconds of a processor, and with a tenth of one the worker
+    # Not before: importing torch takes seconds of a processor, and with a part of one the worker
     # would not be up in time.
     be_polite(start.nice, start.idle_io)
     # What is there now stays for good: a collection need not look at it. Later ones are made
