@@ -137,6 +137,31 @@ def load_elsewhere(path: str) -> list[list[str]]:
     return outcomes
 
 
+def save_sharded_tensors(path: str) -> list[list[bool]]:
+    """By both checkpointers: into another one of its kind, whole, and by the functions."""
+    world_size, outcomes = dist.get_world_size(), []
+    full = states.whole("sharded_tensor", (2 * world_size, 3))
+    rows = full[2 * dist.get_rank() :][:2]
+    for make in (make_sync_checkpointer, make_async_checkpointer):
+        place = f"{path}/{make.__name__}"
+        with make(CONFIG) as checkpointer:
+            saved = states.sharded_tensor(world_size, filled=True)
+            pending = checkpointer.save(place, {"table": saved})
+            if pending is not None:
+                pending[1].result()
+            into = [states.sharded_tensor(world_size, filled=False) for _ in range(2)]
+            checkpointer.load(place, {"table": into[0]}, strict=True)
+            dcp.load({"table": into[1]}, checkpoint_id=place, timeout=60)
+            outcomes.append([torch.equal(t.local_shards()[0].tensor, rows) for t in into])
+            outcomes.append([torch.equal(checkpointer.load(place)["table"], full)])
+    return outcomes
+
+
+def test_sharded_tensors_are_sharded(ranks: Any, tmp_path: Path) -> None:
+    found = ranks.run(2, save_sharded_tensors, str(tmp_path))
+    assert found == [[[True, True], [True], [True, True], [True]]] * 2
+
+
 def test_both_checkpointers_and_dcp_engine_read_each_other(ranks: Any, tmp_path: Path) -> None:
     path = str(tmp_path)
     for outcome in ranks.run(2, save_both_ways, path, timeout=120):
