@@ -77,6 +77,12 @@ def pattern(nbytes: int, seed: int = 0) -> bytes:
     return (unit * (nbytes // 1021 + 1))[:nbytes]
 
 
+def alike(found: object, wanted: object) -> bool:
+    """Whether they are equal. In an ``assert`` instead of ``==`` where there may be megabytes: with
+    ``CI`` set pytest prints what differs in full, and looks for it for minutes."""
+    return found == wanted
+
+
 def write_file(store: ByteStore, name: str, data: bytes) -> None:
     """``name`` with ``data``, in one write."""
     file = store.create(name, len(data))
