@@ -79,6 +79,10 @@ class CoordinatorRole(Role):
     def conclude(self, common: bytes, answers: list[bytes] | None, reply: Future[Reply]) -> None:
         """The decision goes to all ranks, unless somebody failed meanwhile."""
         self.pending = reply
+        now = self.clock.now()
+        if self.outcome is None and now >= self._next_poll:
+            # Overdue: this process may have been stopped, and the others have given it up.
+            self._look(now)
         if self.outcome is not None:
             self._resolve(Failed(verdict=self.outcome))
             return
