@@ -41,6 +41,7 @@ _ENVIRONMENT = {
 }
 _PRELOADED = [
     "torch.distributed.tensor",
+    "torch._dynamo",  # the first DTensor.from_local of a process imports it: half a second
     "dcp_engine",
     "storage_backends.filesystem",
     "tests.multirank.worker",

@@ -64,6 +64,8 @@ def serve(pipe: Any, log: str) -> None:
     import torch.distributed
 
     torch.set_num_threads(1)
+    # Each case ends with a collection, which is not to go over all of torch each time.
+    gc.freeze()
     kept: list[Any] = []
     pipe.send("ready")
     while True:
