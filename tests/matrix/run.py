@@ -46,6 +46,9 @@ class Findings:
     wrong: list[tuple[Case, list[str]]] = field(default_factory=list)
     cleaned_by: Counter[str] = field(default_factory=Counter)
     """Leftovers, by what removed them: ``"save"`` or ``"prune"``."""
+    repeated: list[tuple[int, str]] = field(default_factory=list)
+    """Batches in which a process got lost, and whose cases were run again one by one: how many
+    cases, and what the ranks said."""
 
     def __str__(self) -> str:
         lines = [f"{self.cases} cases in {self.seconds:.0f} s, {len(self.wrong)} wrong"]
@@ -53,6 +56,9 @@ class Findings:
             f"leftovers removed by the next save {self.cleaned_by['save']}, "
             f"by prune {self.cleaned_by['prune']}"
         )
+        for cases, text in self.repeated:
+            lines.append(f"\n{cases} cases run again one by one, because together:")
+            lines.extend(f"    {line}" for line in text.splitlines())
         for case, texts in self.wrong:
             lines.append(f"\n{case}")
             lines.extend(f"    {line}" for text in texts for line in text.splitlines())
@@ -75,7 +81,11 @@ def run_cases(
                     batch = next(work, None)
                 if batch is None:
                     return
-                for case, texts, cleaned in _run_batch(pool, batch):
+                results, lost = _run_batch(pool, batch)
+                if lost:
+                    with lock:
+                        findings.repeated.append((len(batch), lost))
+                for case, texts, cleaned in results:
                     with lock:
                         findings.cases += 1
                         findings.cleaned_by[cleaned] += 1
@@ -120,15 +130,18 @@ def _batches(cases: Iterable[Case]) -> list[list[Case]]:
 Result = tuple[Case, list[str], str]
 
 
-def _run_batch(pool: RankPool, batch: list[Case]) -> list[Result]:
+def _run_batch(pool: RankPool, batch: list[Case]) -> tuple[list[Result], str]:
+    """What came of each case; and what the ranks said if they had to be run one by one, because a
+    process got lost and the others' results with it."""
     root = tempfile.mkdtemp(prefix="dcp-engine-matrix-")
     try:
         run = _run_kill if batch[0].dies else _run_survivors
-        return run(pool, batch, root)
+        return run(pool, batch, root), ""
     except RanksFailed as error:
         if len(batch) == 1:
-            return [(batch[0], [str(error)], "")]
-        return [result for case in batch for result in _run_batch(pool, [case])]
+            return [(batch[0], [str(error)], "")], ""
+        results = [result for case in batch for result in _run_batch(pool, [case])[0]]
+        return results, str(error)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
