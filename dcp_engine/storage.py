@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import msgspec
 from torch.futures import Future
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import StorageError
 from dcp_engine.metadata import Metadata, MetadataIndex, StorageMeta
 from dcp_engine.plan import LoadPlan, SavePlan
@@ -91,7 +91,7 @@ class ByteStoreFile(abc.ABC):
         """Give the file up. Never raises for a file that is already gone."""
 
 
-class ByteStore(abc.ABC):
+class ByteStore(Closing):
     """Bytes under names below one root (a directory, a key prefix). Callable from threads.
 
     Names are relative, with ``/`` between parts, and never contain ``..`` or begin with ``/``.
@@ -201,17 +201,6 @@ class ByteStore(abc.ABC):
     def close(self) -> None:
         """Release connections and descriptors. May be called twice."""
         return None
-
-    def __enter__(self) -> ByteStore:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def get(self, name: str, *, limit: int | None = None) -> bytes:
         """The whole content of ``name``; over ``limit`` bytes is a ``ValueError``."""

@@ -7,6 +7,7 @@ systems that take one byte after the other. Does not belong here: how a part rea
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,8 +68,9 @@ class _OpenFile(ByteStoreFile):
                 self._append(buffer if buffer.c_contiguous else memoryview(bytes(buffer)))
                 self._offset += buffer.nbytes
 
+    @abc.abstractmethod
     def _append(self, view: memoryview) -> None:
-        raise NotImplementedError
+        """Take the next bytes of the file."""
 
     def _end(self) -> bool:
         """Whether the file was open until now."""

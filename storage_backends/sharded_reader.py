@@ -35,7 +35,8 @@ from storage_backends.open_manifest import (
     read_manifest,
     read_manifest_bytes,
 )
-from storage_backends.read_files import Wanted, read_wanted
+from storage_backends.read_batch import Wanted
+from storage_backends.read_files import read_wanted
 from storage_backends.small_reads import read_small
 from storage_backends.store_errors import require_shared
 from storage_backends.tensor_bytes import require_little_endian

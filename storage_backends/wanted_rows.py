@@ -23,7 +23,7 @@ from dcp_engine.planning.columns import LoadColumns
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.digest_rows import digest_rows
 from storage_backends.item_reads import WantedItem
-from storage_backends.read_files import Wanted
+from storage_backends.read_batch import Wanted
 from storage_backends.small_reads import SmallRows, small_rows, stored_kinds, stretches
 from storage_backends.tensor_bytes import box_of
 

@@ -54,7 +54,7 @@ class WriteOptions:
     """Bytes under one digest."""
     threads: int = 1
     job_bytes: int = 16 << 20
-    """What one thread writes, about, before it takes the next job; at least two blocks."""
+    """What one thread writes, about, before it takes the next job; at least a block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def _cut(plan: _Plan, job_bytes: int) -> Iterator[_Job]:
 
 def _cut_large(plan: _Plan, row: int, job_bytes: int) -> Iterator[_Job]:
     data, nbytes = plan.layout.data[row], plan.layout.sizes[row]
-    step = job_bytes - job_bytes % plan.block_size
+    step = max(job_bytes // plan.block_size, 1) * plan.block_size
     if (isinstance(data, torch.Tensor) and not has_viewable_memory(data)) or callable(data):
         step = nbytes
     # The last part may be half as long again, rather than very short.

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch.distributed
 
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.types import RankInfo
+from dcp_engine.closing import Closing
 from dcp_engine.coordination.address import StoreAddress, connect
 from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.interface import Deadlines, Decision, Session

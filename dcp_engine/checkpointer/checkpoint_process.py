@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_engine.checkpointer.checkpoint_writer import CheckpointWriter
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.parcels import ArenaNumbers, HeldState, hold_state
 from dcp_engine.checkpointer.process_protocol import (
     ChildSettings,
@@ -29,6 +28,7 @@ from dcp_engine.checkpointer.sessions import WriteTurn
 from dcp_engine.checkpointer.turns import ParentTurns
 from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
 from dcp_engine.checkpointer.utils import wrap_future
+from dcp_engine.closing import Closing
 from dcp_engine.coordination.failures import capture, exception_of, restore
 from dcp_engine.errors import CheckpointError, CheckpointException, CoordinationError, UsageError
 from dcp_engine.executors.ordered_thread import OrderedThread

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.errors import CheckpointNotFoundError, LoadMismatchError
 from dcp_engine.checkpointer.map_location import Placement
 from dcp_engine.checkpointer.requests import fill, request_all, request_some
 from dcp_engine.checkpointer.stored_tree import stored_tree
 from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
+from dcp_engine.closing import Closing
 from dcp_engine.coordination.identity import run_identity
 from dcp_engine.coordination.single import SingleSession
 from dcp_engine.default_planner import DefaultLoadPlanner

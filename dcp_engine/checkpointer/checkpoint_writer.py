@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_engine.checkpointer.barriers import Barrier
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.commit_hook import HookedOperation, WriterHook
 from dcp_engine.checkpointer.own_leaves import MarkedState
 from dcp_engine.checkpointer.sessions import Meeting, WriterSessions, WriteTurn
 from dcp_engine.checkpointer.staging import StagedStateDict
 from dcp_engine.checkpointer.types import STATE_DICT, RankInfo
+from dcp_engine.closing import Closing
 from dcp_engine.coordination.interface import Deadlines, Operation
 from dcp_engine.errors import UsageError
 from dcp_engine.registry import BackendRegistry

@@ -14,10 +14,10 @@ from typing import Any
 from dcp_engine.checkpointer.checkpoint_process import CheckpointProcess
 from dcp_engine.checkpointer.checkpoint_reader import CheckpointReader, LoadMismatchError
 from dcp_engine.checkpointer.checkpoint_writer import CheckpointWriter
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.staging import CheckpointStager
 from dcp_engine.checkpointer.types import STATE_DICT
 from dcp_engine.checkpointer.utils import WriteFuture, wrap_future
+from dcp_engine.closing import Closing
 from dcp_engine.errors import CheckpointException, CoordinationError, UsageError
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SyncCheckpointer"]

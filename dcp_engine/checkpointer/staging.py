@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_engine.checkpointer.closing import Closing
 from dcp_engine.checkpointer.own_leaves import shared_names
 from dcp_engine.checkpointer.types import STATE_DICT
+from dcp_engine.closing import Closing
 from dcp_engine.errors import UsageError
 from dcp_engine.staging.arena import Arena
 from dcp_engine.staging.arena_stager import no_check

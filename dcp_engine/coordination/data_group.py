@@ -16,12 +16,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import CoordinationError
 
 __all__ = ["DataGroup", "Transfer"]
@@ -46,7 +46,7 @@ class Transfer(NamedTuple):
     peer: int
 
 
-class DataGroup:
+class DataGroup(Closing):
     """The ranks of one operation, connected to each other. A context manager.
 
     Args:
@@ -113,17 +113,6 @@ class DataGroup:
         self._thread.join(_LEAVE_LIMIT_S)
         self._watched.clear()
         self._unfinished.clear()
-
-    def __enter__(self) -> DataGroup:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _begin(self, call: str, tensor: torch.Tensor, peer: int, tag: int) -> Transfer:
         try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import UsageError
 
 __all__ = [
@@ -62,7 +62,7 @@ class RunIdentity:
     pid: int
 
 
-class Operation(abc.ABC):
+class Operation(Closing):
     """One numbered save, load or barrier, on every rank of the session's group. A context manager:
     leaving it stops its heartbeats and removes its keys."""
 
@@ -114,17 +114,6 @@ class Operation(abc.ABC):
     def close(self) -> None:
         """Stop heartbeats, remove keys. May be called twice."""
 
-    def __enter__(self) -> Operation:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class SessionHandle(abc.ABC):
     """A session on its way to another process; picklable. Made by ``Session.handle``."""
@@ -141,7 +130,7 @@ class SessionHandle(abc.ABC):
         takes no numbers of its own: ``begin`` needs ``number=``."""
 
 
-class Session(abc.ABC):
+class Session(Closing):
     """A group of ranks that can run operations together, one after the other or several at once
     from different threads if every rank begins them in the same order."""
 
@@ -203,14 +192,3 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Close connections. May be called twice."""
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

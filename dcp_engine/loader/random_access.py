@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
+from dcp_engine.closing import Closing
 from dcp_engine.error_context import located
 from dcp_engine.errors import StagingError, StorageError, UsageError
 from dcp_engine.format.manifest import Manifest, StoredObject, StoredTensor
@@ -92,7 +92,7 @@ class LazyObject:
         return f"LazyObject({self.name!r})"
 
 
-class Checkpoint(Mapping[str, LazyTensor | LazyObject]):
+class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
     """An open checkpoint, at the save that was committed when it was opened.
 
     Maps the names of shared values; ``per_rank`` gives those that every rank has its own of.
@@ -195,17 +195,6 @@ class Checkpoint(Mapping[str, LazyTensor | LazyObject]):
         """Release files and connections. May be called twice."""
         self._closed = True
         self._reader.close_checkpoint()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import fcntl
 import os
 from concurrent.futures import Executor
-from types import TracebackType
 from typing import cast
 
 import torch
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import StagingError, UsageError
 from dcp_engine.staging import pages
 from dcp_engine.staging.memory import require_memory
@@ -30,7 +30,7 @@ _TOUCH_SLICE = 64 << 20
 _NAME = "dcp_engine-staging"
 
 
-class Arena:
+class Arena(Closing):
     """Staging memory of one rank.
 
     Args:
@@ -191,14 +191,3 @@ class Arena:
     def _check_open(self) -> None:
         if self.closed:
             raise UsageError("the arena is closed")
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

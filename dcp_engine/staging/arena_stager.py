@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import StagingError
 from dcp_engine.staging.arena import Arena
 from dcp_engine.staging.copier import Copier
@@ -107,7 +107,7 @@ class Staging:
             self._bytes_done += nbytes
 
 
-class ArenaStager:
+class ArenaStager(Closing):
     """Stages tensors into reused arenas.
 
     Args:
@@ -205,14 +205,3 @@ class ArenaStager:
             check=check,
             copied=staging._copied,
         )
-
-    def __enter__(self) -> ArenaStager:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import UnsupportedStateError
 from dcp_engine.metadata import STATE_DICT_TYPE
 from dcp_engine.staging.arena_stager import ArenaStager, Staging, no_check
@@ -99,7 +99,7 @@ class StagedState:
         self.staging.release()
 
 
-class DefaultStager(AsyncStager):
+class DefaultStager(Closing, AsyncStager):
     """Stages into reused shared memory.
 
     ``stage`` has one copy at a time: the state dict that it returned before is overwritten. Who
@@ -201,17 +201,6 @@ class DefaultStager(AsyncStager):
             self._last.release()
             self._last = None
         self.arenas.close()
-
-    def __enter__(self) -> DefaultStager:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class BlockingAsyncStager(AsyncStager):

@@ -137,14 +137,20 @@ def test_destinations_of_any_layout(open_store: OpenStore) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("largest_whole_block", [1 << 20, 256])
 def test_resharding(
-    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, verify: bool, threads: int
+    open_store: OpenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    verify: bool,
+    threads: int,
+    largest_whole_block: int,
 ) -> None:
     # Small enough that jobs, batches and scratch memory all come to their limits here.
     monkeypatch.setattr("storage_backends.read_files.READ_BYTES", 2048)
     monkeypatch.setattr("storage_backends.read_files.JOB_BYTES", 4096)
     monkeypatch.setattr("storage_backends.read_files.MAX_SPAN", 4096)
     monkeypatch.setattr("storage_backends.read_files.MAX_GAP", 256)
+    monkeypatch.setattr("storage_backends.read_files.MAX_WHOLE", largest_whole_block)
     full = torch.randn(48, 100)
     parts = [
         Shard("w", (0, 0), full[:20].clone(), 0),

@@ -28,11 +28,15 @@ class Watched(WrappingByteStore):
         self._lock = threading.Lock()
         self._held = self._calls = 0
         self.most_bytes = self.most_calls = self.foreign_bytes = 0
+        self._places: list[tuple[int, int]] = []
 
     @contextmanager
     def _on_their_way(self, buffers: Sequence[Buffer]) -> Iterator[None]:
-        foreign = sum(b.nbytes for b in buffers if b.nbytes and not self._is_own(b))
+        places = [self._place(b) for b in buffers if b.nbytes]
+        places = [place for place in places if not self._is_own(place)]
+        foreign = sum(end - begin for begin, end in places)
         with self._lock:
+            self._places += places
             self._held += foreign
             self._calls += 1
             self.foreign_bytes += foreign
@@ -45,9 +49,21 @@ class Watched(WrappingByteStore):
                 self._held -= foreign
                 self._calls -= 1
 
-    def _is_own(self, buffer: Buffer) -> bool:
+    @staticmethod
+    def _place(buffer: Buffer) -> tuple[int, int]:
         address = int(np.frombuffer(buffer, np.uint8).ctypes.data)
-        return any(begin <= address < end for begin, end in self._own)
+        return address, address + buffer.nbytes
+
+    def _is_own(self, place: tuple[int, int]) -> bool:
+        return any(begin <= place[0] < end for begin, end in self._own)
+
+    def memory(self) -> int:
+        """Bytes of all memory that was ever used beside the tensors'."""
+        total = reach = 0
+        for begin, end in sorted(self._places):
+            total += max(end - max(begin, reach), 0)
+            reach = max(end, reach)
+        return total
 
     def read(self, name: str, ranges: Sequence[ReadRange]) -> None:
         with self._on_their_way([item.buffer for item in ranges]):
@@ -86,6 +102,38 @@ def test_many_threads_keep_to_the_budget(tmp_path: Path, budget: int, threads: i
     assert watched.most_calls <= threads
     assert watched.most_bytes <= threads * INFLIGHT_PER_THREAD
     assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("block_size", [64 << 10, 4 << 20, 64 << 20])
+@pytest.mark.parametrize("slow", [False, True])
+def test_blocks_of_any_size_fit_into_the_budget(
+    tmp_path: Path, block_size: int, slow: bool
+) -> None:
+    state = {
+        "rows": torch.arange(3 << 20, dtype=torch.int32).view(3 << 10, 1 << 10),
+        "columns": torch.randn(10 << 10, 1 << 10),
+    }
+    dcp_engine.save(
+        state,
+        storage_writer=ShardedWriter(
+            lambda _: FileSystemStore(tmp_path, sync=False), "x", block_size=block_size
+        ),
+        no_dist=True,
+    )
+    target = {
+        "rows": torch.zeros(3 << 10, 1 << 10, dtype=torch.int32),
+        "columns": torch.zeros(1 << 10, 10 << 10).T,
+    }
+    watched = Watched(FileSystemStore(tmp_path), list(target.values()))
+    if slow:  # then there are two threads a request
+        watched.preferred_read = 8 << 20
+    reader = ShardedReader(
+        lambda _: watched, "x", thread_count=8, max_inflight_bytes=INFLIGHT_PER_THREAD
+    )
+    dcp_engine.load(target, storage_reader=reader, no_dist=True)
+    assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
+    assert watched.memory() <= INFLIGHT_PER_THREAD
+    assert watched.most_calls == 1
 
 
 def test_contiguous_tensors_need_next_to_nothing(tmp_path: Path) -> None:

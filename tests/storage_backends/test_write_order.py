@@ -73,6 +73,17 @@ def digests_of(store: ByteStore) -> bytes:
     return store.get(f"data-{A}/rank00000.digests")
 
 
+@pytest.mark.parametrize("block_size", [8192, 1 << 20])
+def test_a_block_may_be_as_large_as_a_job_or_larger(block_size: int) -> None:
+    store = MemoryStore()
+    writer = ShardedWriter(lambda _: store, "here", thread_count=2, block_size=block_size)
+    writer._options = replace(writer._options, job_bytes=8192)
+    tensors = state(strided=True)
+    save([writer], whole(tensors), A)
+    loaded = load_whole(ShardedReader(lambda _: store, "here"), tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("strided", [False, True])
 def test_whoever_digests_the_bytes_are_the_same(tmp_path: Path, strided: bool) -> None:
     tensors = state(strided=strided)

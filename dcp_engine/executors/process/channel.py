@@ -16,15 +16,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dcp_engine.errors import UsageError
 
-__all__ = ["MAX_DESCRIPTORS", "Channel", "Frame", "PeerGone"]
+__all__ = ["LOOK_S", "MAX_DESCRIPTORS", "Channel", "Frame", "PeerGone"]
 
 MAX_DESCRIPTORS = 253
 """With one message; the kernel's limit."""
+LOOK_S = 0.5
+"""Between two calls of ``meanwhile``, at most."""
 _PREFIX = struct.Struct("<IQ")
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -64,12 +66,15 @@ class Channel:
         descriptors: Sequence[int] = (),
         *,
         deadline: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Send one frame.
 
         Args:
             body: bytes, or a view of format "B".
             deadline: by ``time.monotonic``.
+            meanwhile: called now and then while the other end takes nothing; what it raises ends
+                the sending, like ``TimeoutError``.
 
         Raises:
             PeerGone: see there.
@@ -86,7 +91,7 @@ class Channel:
         try:
             if self._torn:
                 raise PeerGone("an earlier message was sent in part")
-            self._send(message, body, descriptors, deadline)
+            self._send(message, body, descriptors, deadline, meanwhile)
         finally:
             self._sending.release()
 
@@ -101,6 +106,7 @@ class Channel:
         body: bytes | memoryview,
         descriptors: Sequence[int],
         deadline: float | None,
+        meanwhile: Callable[[], None] | None,
     ) -> None:
         rest = [memoryview(_PREFIX.pack(len(message), len(body)) + message), memoryview(body)]
         ancillary = (
@@ -114,15 +120,18 @@ class Channel:
                 try:
                     sent = self._socket.sendmsg(rest, ancillary, _NOW)
                 except BlockingIOError:
-                    self._wait(select.POLLOUT, deadline)
+                    self._wait(select.POLLOUT, deadline, meanwhile)
                     continue
                 begun, ancillary = True, []
                 rest = _after(rest, sent)
+        except TimeoutError:
+            self._torn = begun
+            raise
         except OSError as error:
-            if isinstance(error, TimeoutError):
-                self._torn = begun
-                raise
             raise PeerGone(str(error)) from None
+        except BaseException:
+            self._torn = begun
+            raise
 
     def receive(self, deadline: float | None = None) -> Frame | None:
         """The next frame; None when the other end is gone, in the middle of one too.
@@ -177,15 +186,25 @@ class Channel:
                 descriptors.extend(received)
         return got
 
-    def _wait(self, event: int, deadline: float | None) -> None:
+    def _wait(
+        self, event: int, deadline: float | None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
         poll = select.poll()
         poll.register(self._socket, event)
         if self._watched is not None:
             poll.register(self._watched, select.POLLIN)
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        ready = poll.poll(None if left is None else left * 1000)
-        if not ready:
-            raise TimeoutError
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            limit = left
+            if meanwhile is not None:
+                limit = LOOK_S if left is None else min(left, LOOK_S)
+            ready = poll.poll(None if limit is None else limit * 1000)
+            if ready:
+                break
+            if left == limit:
+                raise TimeoutError
+            if meanwhile is not None:
+                meanwhile()
         # What the other process had sent before it ended is still to be read.
         if all(descriptor == self._watched for descriptor, _ in ready):
             raise PeerGone("the process has ended")

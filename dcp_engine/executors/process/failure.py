@@ -17,7 +17,7 @@ from dcp_engine.coordination.failures import capture, raised_by_exit, restore
 from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.executors.process.protocol import Failed
 
-__all__ = ["WorkerError", "WorkerFailure", "again", "as_failed", "late", "raised_by"]
+__all__ = ["WorkerError", "WorkerFailure", "again", "as_failed", "late", "raised_by", "stalled"]
 
 _PICKLE_LIMIT = 1 << 20  # an exception that drags tensors along travels as text
 _TEXT_LIMIT = 64 << 10
@@ -26,7 +26,7 @@ _MESSAGE_LIMIT = 1000
 
 class WorkerError(CoordinationError):
     """A worker process did not start (kind ``worker_start``), ended while it was needed
-    (``worker_died``), or did not answer in time (``timeout``)."""
+    (``worker_died``), did not answer in time (``timeout``), or was stopped (``stalled``)."""
 
     default_kind = "worker_died"
 
@@ -65,6 +65,16 @@ def late(worker: str, rank: int, kind: str, timeout: float | None, what: str) ->
         kind="timeout",
         rank=rank,
         hint="the worker still works on it, or on what came before",
+    )
+
+
+def stalled(worker: str, rank: int, kind: str, seconds: float) -> WorkerError:
+    """The process was stopped in a call, and is killed."""
+    return WorkerError(
+        f'{worker} was stopped for {seconds:.3g} s, with "{kind}" in flight',
+        kind="stalled",
+        rank=rank,
+        hint="somebody sent it SIGSTOP",
     )
 
 

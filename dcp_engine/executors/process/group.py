@@ -11,11 +11,11 @@ counted from 1: 0 is the session of the parents.
 from __future__ import annotations
 
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from dcp_engine.closing import Closing
 from dcp_engine.coordination.address import connect
 from dcp_engine.coordination.interface import SessionHandle
 from dcp_engine.coordination.store import StoreSessionHandle
@@ -27,7 +27,7 @@ _stores: Any = dist
 """The store classes, which torch's type stubs know only in part."""
 
 
-class WorkerGroup:
+class WorkerGroup(Closing):
     """The default process group of this process, which stands for a rank of its parent's group.
 
     Args:
@@ -104,14 +104,3 @@ class WorkerGroup:
         self._store = None
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def __enter__(self) -> WorkerGroup:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

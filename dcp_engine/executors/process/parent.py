@@ -1,49 +1,36 @@
 """The side that owns a worker process.
 
-Belongs here: ``WorkerProcess``: starting it, asking it, noticing its end, ending it. Does not
-belong here: how the process is made (``launch``), and a new worker after one has died, which is
-the owner's to decide.
-
-One thread beside the callers sends the first message, receives everything, and waits for the
-process. It is a daemon and nothing is registered to run at exit: a worker ends with its parent by
-itself, and never keeps it.
+Belongs here: ``WorkerProcess``: starting it, asking it, giving it up, ending it. Does not belong
+here: the thread that looks after it (``supervisor``), and a new worker after one has died, which
+is the owner's to decide.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
 
 from dcp_engine.errors import UsageError
-from dcp_engine.executors.process.channel import Channel, PeerGone
-from dcp_engine.executors.process.failure import WorkerError, again, late, raised_by
-from dcp_engine.executors.process.inboxes import Inbox, Inboxes
-from dcp_engine.executors.process.launch import REAP_S, launch, reap, search_path
-from dcp_engine.executors.process.manners import process_descriptor
-from dcp_engine.executors.process.pickles import main_module
+from dcp_engine.executors.process.channel import LOOK_S, Channel, PeerGone
+from dcp_engine.executors.process.failure import WorkerError, again, late, raised_by, stalled
+from dcp_engine.executors.process.inboxes import Inbox
+from dcp_engine.executors.process.launch import REAP_S
 from dcp_engine.executors.process.protocol import (
     Failed,
     FromWorker,
-    Progress,
-    Ready,
     Request,
     Response,
-    Start,
-    StartFailed,
     Terminate,
-    decode_from_worker,
     encode,
 )
 from dcp_engine.executors.process.settings import WorkerSettings
+from dcp_engine.executors.process.standstill import Standstill
+from dcp_engine.executors.process.supervisor import Supervisor
 from dcp_engine.executors.process.turns import Turns
 
 __all__ = ["WorkerProcess"]
@@ -51,6 +38,10 @@ __all__ = ["WorkerProcess"]
 
 class _Late(Exception):
     """The deadline of a call. Not ``TimeoutError``: a handler may raise that itself."""
+
+
+class _Stopped(Exception):
+    """The process has been stopped for too long."""
 
 
 class WorkerProcess:
@@ -61,24 +52,29 @@ class WorkerProcess:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self.started: Future[int] = Future()
-        """The process id, once the handler is there to be asked; else why it is not: kind
-        ``worker_start``, with the worker's traceback."""
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._turns = Turns()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._thread: threading.Thread | None = None
-        self._inboxes = Inboxes()
-        self._introduced = threading.Event()
-        """The first message was sent; requests may follow."""
-        self._up = False
-        self._ended = threading.Event()
-        self._end: WorkerError | None = None
-        self._closed = False
+        self._supervisor = Supervisor(settings)
 
     # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> Future[int]:
+        """The process id, once the handler is there to be asked; else why it is not: kind
+        ``worker_start``, with the worker's traceback."""
+        return self._supervisor.started
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, from ``start`` on, and after its end too."""
+        return self._supervisor.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process: from ``start`` on until it ends, for whatever reason."""
+        supervisor = self._supervisor
+        return supervisor.thread is not None and not supervisor.ended.is_set()
 
     def start(self) -> None:
         """Start the process, and return without waiting for it; nothing if it was started.
@@ -88,51 +84,14 @@ class WorkerProcess:
         Raises:
             UsageError: the worker is closed.
         """
+        supervisor = self._supervisor
         with self._lock:
             self._refuse_if_closed()
-            if self._process is not None or self._ended.is_set():
+            if supervisor.process is not None or supervisor.ended.is_set():
                 return
-            problem = self._launch()
+            problem = supervisor.launch()
         if problem is not None:
-            self._finish(self._not_started(problem))
-
-    def _launch(self) -> str | None:
-        """Make the process and the thread that looks after it; return what was wrong."""
-        parent_end, child_end = socket.socketpair()
-        try:
-            process = self._process = launch(self.settings, child_end)
-        except OSError as error:
-            parent_end.close()
-            return f"{type(error).__name__}: {error}"
-        finally:
-            child_end.close()
-        descriptor = process_descriptor(process.pid)
-        channel = Channel(parent_end, descriptor)
-        thread = threading.Thread(
-            target=self._supervise,
-            args=(process, channel, descriptor),
-            name=f"dcp_engine-{self.settings.name}",
-            daemon=True,
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:  # the interpreter ends, and has no thread left to give
-            process.kill()
-            process.wait()
-            _close(channel, descriptor)
-            return f"{type(error).__name__}: {error}"
-        self._channel, self._thread = channel, thread
-        return None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, from ``start`` on, and after its end too."""
-        return None if self._process is None else self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is a process: from ``start`` on until it ends, for whatever reason."""
-        return self._thread is not None and not self._ended.is_set()
+            supervisor.not_started(problem)
 
     def close(self, timeout: float | None = None) -> None:
         """End the process: ask it to, wait, then kill it. Any number of times.
@@ -147,20 +106,21 @@ class WorkerProcess:
             return  # a fork: the worker is not its child
         limit = self.settings.shutdown_timeout if timeout is None else timeout
         end = time.monotonic() + limit
+        supervisor = self._supervisor
         with self._lock:
-            first, self._closed = not self._closed, True
-            process, channel, thread = self._process, self._channel, self._thread
-        if thread is None or channel is None or process is None:
-            self._finish(self._not_started("it was closed before"))
+            first, supervisor.closed = not supervisor.closed, True
+            channel, thread = supervisor.channel, supervisor.thread
+        if thread is None or channel is None:
+            supervisor.not_started("it was closed before")
             return
         own = thread is threading.current_thread()
-        if not self._up or own or not self._ask_to_end(channel, first, end):
-            process.kill()
+        if not supervisor.up or own or not self._ask_to_end(channel, first, end):
+            supervisor.kill()
         if own:
             return  # it goes on to see the end
-        if not self._ended.wait(max(end - time.monotonic(), 0.0)):
-            process.kill()
-            self._ended.wait(REAP_S)
+        if not supervisor.ended.wait(max(end - time.monotonic(), 0.0)):
+            supervisor.kill()
+            supervisor.ended.wait(REAP_S)
         thread.join(REAP_S)
 
     def _ask_to_end(self, channel: Channel, first: bool, end: float) -> bool:
@@ -182,6 +142,8 @@ class WorkerProcess:
         descriptors: Sequence[int] = (),
         on_progress: Callable[[bytes], None] | None = None,
         timeout: float | None = None,
+        grace: float = 0.0,
+        stall_timeout: float | None = None,
     ) -> bytes:
         """Ask the worker, and wait for its answer. Callers have their turn in order.
 
@@ -194,10 +156,13 @@ class WorkerProcess:
                 the call ends by that, and the answer is dropped.
             timeout: seconds, the wait for one's turn included. The worker goes on with a request
                 that nobody waits for any more, and takes the next one after it.
+            grace: seconds beyond ``timeout`` for a worker that is not stopped.
+            stall_timeout: seconds for which the process may be stopped (SIGSTOP). One that is
+                stopped for longer, or at ``timeout``, is killed.
 
         Raises:
             WorkerError: kind ``worker_died``, naming process, exit status and request;
-                ``worker_start``; ``timeout``.
+                ``worker_start``; ``timeout``; ``stalled``.
             UsageError: the worker was not started, or is closed.
             BaseException: what the handler raised, its traceback as a note; ``WorkerFailure``
                 where it cannot be had as it was.
@@ -206,47 +171,36 @@ class WorkerProcess:
         if not self._turns.acquire(timeout):
             raise late(str(self), self.settings.rank, kind, timeout, "waiting for its turn")
         try:
-            return self._call(kind, body, descriptors, on_progress, deadline, timeout)
+            channel, pid = self._reachable()
+            patience = _Patience(Standstill(pid, stall_timeout), deadline, grace)
+            request_id, inbox = self._supervisor.inboxes.open()
+            try:
+                request = Request(id=request_id, kind=kind)
+                self._send(channel, request, body, descriptors, patience)
+                return self._answer(
+                    inbox, patience, on_progress, f'request {request_id} ("{kind}")'
+                )
+            except _Late:
+                if channel.torn:
+                    self._supervisor.kill()  # it has half a message, and can take no other one
+                raise late(str(self), self.settings.rank, kind, timeout, "no answer") from None
+            except _Stopped:
+                self._supervisor.kill()
+                raise stalled(str(self), self.settings.rank, kind, patience.stopped_for) from None
+            finally:
+                self._supervisor.inboxes.close(request_id)
         finally:
             self._turns.release()
 
-    def _call(
-        self,
-        kind: str,
-        body: bytes,
-        descriptors: Sequence[int],
-        on_progress: Callable[[bytes], None] | None,
-        deadline: float | None,
-        timeout: float | None,
-    ) -> bytes:
+    def _reachable(self) -> tuple[Channel, int]:
         with self._lock:
             self._refuse_if_closed()
-            if self._end is not None:
-                raise again(self._end)
-            if self._channel is None:
+            supervisor = self._supervisor
+            if supervisor.end is not None:
+                raise again(supervisor.end)
+            if supervisor.channel is None or supervisor.pid is None:
                 raise UsageError(f"{self} was not started", hint="call start() first")
-            channel = self._channel
-        request_id, inbox = self._inboxes.open()
-        doing = f'request {request_id} ("{kind}")'
-        try:
-            self._send(channel, Request(id=request_id, kind=kind), body, descriptors, deadline)
-            while True:
-                answer = _next(inbox, deadline)
-                if answer is None:
-                    raise again(self._end, doing)
-                message, data = answer
-                if isinstance(message, Response):
-                    return data
-                if isinstance(message, Failed):
-                    raise raised_by(message, data, str(self))
-                if on_progress is not None:
-                    on_progress(data)
-        except _Late:
-            if channel.torn:
-                self._kill()  # it has half a message, and can take no other one
-            raise late(str(self), self.settings.rank, kind, timeout, "no answer") from None
-        finally:
-            self._inboxes.close(request_id)
+            return supervisor.channel, supervisor.pid
 
     def _send(
         self,
@@ -254,118 +208,56 @@ class WorkerProcess:
         request: Request,
         body: bytes,
         descriptors: Sequence[int],
-        deadline: float | None,
+        patience: _Patience,
     ) -> None:
-        if not self._introduced.wait(_left(deadline)):
+        if not self._supervisor.introduced.wait(patience.left):
             raise _Late
         try:
-            channel.send(encode(request), body, descriptors, deadline=deadline)
+            channel.send(
+                encode(request),
+                body,
+                descriptors,
+                deadline=patience.deadline,
+                meanwhile=patience.check,
+            )
         except TimeoutError:
             raise _Late from None
         except PeerGone:
             # Its last words, an answer even, may be on their way; the end is.
-            if not self._ended.wait(REAP_S):
-                self._kill()
+            if not self._supervisor.ended.wait(REAP_S):
+                self._supervisor.kill()
 
-    # -- the other thread ----------------------------------------------------------------------
-
-    def _supervise(
-        self, process: subprocess.Popen[bytes], channel: Channel, descriptor: int | None
-    ) -> None:
-        problem = ""
-        deadline = time.monotonic() + self.settings.start_timeout
-        try:
-            problem = self._introduce(channel, deadline) or self._receive(channel, deadline)
-        except Exception as error:  # a message that cannot be read: nothing more can be
-            problem = f"{type(error).__name__}: {error}"
-            process.kill()
-        status = reap(process)
-        if self._up:
-            end = WorkerError(
-                f"{self} {status}", rank=self.settings.rank, hint="look at what it printed last"
-            )
-            if problem:
-                end.add_note(problem)
-        else:
-            closed = "it was closed before it was up" if self._closed else ""
-            end = self._not_started(problem or closed or f"it {status}")
-        self._finish(end)
-        _close(channel, descriptor)
-
-    def _introduce(self, channel: Channel, deadline: float) -> str:
-        """Send what the worker needs to come up; return what was wrong."""
-        settings = self.settings
-        start = Start(
-            handler=settings.handler,
-            name=settings.name,
-            rank=settings.rank,
-            parent_pid=self._owner,
-            nice=settings.nice,
-            idle_io=settings.idle_io,
-            argv=list(sys.argv),
-            main=main_module(),
-        )
-        try:
-            channel.send(search_path(), deadline=deadline)
-            channel.send(encode(start), settings.init, deadline=deadline)
-        except PeerGone:
-            return ""  # it may have said why
-        except TimeoutError:
-            self._kill()
-            return f"it was not up after {settings.start_timeout:.3g} s"
-        finally:
-            self._introduced.set()
-        return ""
-
-    def _receive(self, channel: Channel, start_deadline: float) -> str:
-        """Hand out what the worker says, until it is gone; return why it did not come up."""
+    def _answer(
+        self,
+        inbox: Inbox,
+        patience: _Patience,
+        on_progress: Callable[[bytes], None] | None,
+        doing: str,
+    ) -> bytes:
         while True:
-            try:
-                frame = channel.receive(None if self._up else start_deadline)
-            except TimeoutError:
-                self._kill()
-                return f"it was not up after {self.settings.start_timeout:.3g} s"
-            if frame is None:
-                return ""
-            message = decode_from_worker(frame.message)
-            if isinstance(message, StartFailed):
-                return "its traceback:\n" + frame.body.decode("utf-8", "replace").rstrip()
-            if isinstance(message, Ready):
-                self._up = True
-                _settle(self.started, self.pid)
-            elif isinstance(message, Progress | Response | Failed):
-                self._inboxes.deliver(message.id, message, frame.body)
-
-    def _finish(self, end: WorkerError) -> None:
-        with self._lock:
-            self._end = self._end or end
-        self._ended.set()
-        self._introduced.set()
-        self._inboxes.end()
-        _settle(self.started, end)
+            answer = _next(inbox, patience)
+            if answer is None:
+                raise again(self._supervisor.end, doing)
+            message, data = answer
+            if isinstance(message, Response):
+                return data
+            if isinstance(message, Failed):
+                raise raised_by(message, data, str(self))
+            if on_progress is not None:
+                on_progress(data)
 
     # -- words ---------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        pid = f" (pid {self.pid})" if self.pid is not None else ""
-        return f'the worker process "{self.settings.name}"{pid}'
-
-    def _not_started(self, why: str) -> WorkerError:
-        return WorkerError(
-            f"{self} did not start: {why}", kind="worker_start", rank=self.settings.rank
-        )
+        return str(self._supervisor)
 
     def _refuse_if_closed(self) -> None:
         if os.getpid() != self._owner:
             raise UsageError(
                 f"{self} belongs to process {self._owner}, which this one is a fork of"
             )
-        if self._closed:
+        if self._supervisor.closed:
             raise UsageError(f"{self} is closed")
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
 
     def __enter__(self) -> WorkerProcess:
         self.start()
@@ -380,28 +272,49 @@ class WorkerProcess:
         self.close()
 
 
-def _settle(future: Future[int], outcome: Any) -> None:
-    """Set the future, unless it is set, or was cancelled by whoever has it."""
-    try:
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        return
+class _Patience:
+    """How long one call waits.
+
+    Args:
+        deadline: for a process that is stopped.
+        grace: seconds more for any other.
+    """
+
+    def __init__(self, standstill: Standstill, deadline: float | None, grace: float) -> None:
+        self._standstill = standstill
+        self._stopped_deadline = deadline
+        self.deadline = None if deadline is None else deadline + grace
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, at most."""
+        return _left(self.deadline)
+
+    @property
+    def until_check(self) -> float:
+        """Seconds."""
+        left = self.left
+        return LOOK_S if left is None else min(LOOK_S, left)
+
+    @property
+    def stopped_for(self) -> float:
+        """Seconds for which the process has been stopped."""
+        return self._standstill.seconds
+
+    def check(self) -> None:
+        """Raise if it is over. Called every ``LOOK_S`` while nothing comes."""
+        if self._standstill.look():
+            raise _Stopped
+        if self.left == 0 or (self._standstill.stopped and _left(self._stopped_deadline) == 0):
+            raise _Late
 
 
-def _close(channel: Channel, descriptor: int | None) -> None:
-    channel.close()
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _next(inbox: Inbox, deadline: float | None) -> tuple[FromWorker, bytes] | None:
-    try:
-        return inbox.get(timeout=_left(deadline))
-    except queue.Empty:
-        raise _Late from None
+def _next(inbox: Inbox, patience: _Patience) -> tuple[FromWorker, bytes] | None:
+    while True:
+        try:
+            return inbox.get(timeout=patience.until_check)
+        except queue.Empty:
+            patience.check()
 
 
 def _left(deadline: float | None) -> float | None:
