@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import io
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +19,10 @@ from dcp_engine import default_planner
 from dcp_engine.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    _flatten_sharded_tensors,
     create_default_global_load_plan,
     create_default_global_save_plan,
     create_default_local_load_plan,
     create_default_local_save_plan,
-    flatten_state_dict,
     is_default_load_planner,
     is_default_save_planner,
 )
@@ -51,6 +48,14 @@ from dcp_engine.planner import LoadPlanner, SavePlanner, TensorWriteData, WriteI
 from dcp_engine.planning.item_bytes import from_item_bytes, to_item_bytes
 from dcp_engine.planning.items import own_write_item, write_items
 from dcp_engine.state.per_rank import PerRank
+from tests.compat.planners import (
+    DDPLoadBalancingPlanner,
+    FP16Planner,
+    MetaModelMaterialize,
+    RenameLoadPlanner,
+    RenameSavePlanner,
+    SaveExtraDataPlanner,
+)
 from tests.planning.layouts import obj, replicated, sharded, source
 
 Stored = dict[MetadataIndex, Any]
@@ -425,98 +430,7 @@ def test_bytes_that_a_planner_made_up_come_back_unchanged(raw: bytes) -> None:
     assert to_item_bytes(from_item_bytes(raw), fqn="x").getvalue() == raw
 
 
-# --- the planners in the docstrings of torch's planner module, imports changed
-
-
-class RenameSavePlanner(DefaultSavePlanner):
-    def set_up_planner(
-        self,
-        state_dict: STATE_DICT_TYPE,
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        # prefix all keys with `foo_``
-        super().set_up_planner(
-            {"foo_" + k: v for k, v in state_dict.items()}, storage_meta, is_coordinator
-        )
-
-
-class FP16Planner(DefaultSavePlanner):
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        for p in plan.items:
-            if p.tensor_data is not None:
-                p.tensor_data.properties.dtype = torch.float16
-        return plan
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        item = super().resolve_data(write_item)
-        if write_item.type == WriteItemType.BYTE_IO:
-            return item
-        assert isinstance(item, torch.Tensor)
-        return item.to(torch.float16)
-
-
-class DDPLoadBalancingPlanner(DefaultSavePlanner):
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        iters: list[Iterator[WriteItem]] = [iter(all_plans[0].items)] * len(all_plans)
-        items_per_rank = [
-            [item for item in items if item is not None]
-            for items in zip(*zip_longest(*iters), strict=True)
-        ]
-        all_plans = [
-            replace(plan, items=items)
-            for plan, items in zip(all_plans, items_per_rank, strict=True)
-        ]
-        return super().create_global_plan(all_plans)
-
-
-class SaveExtraDataPlanner(DefaultSavePlanner):
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        return replace(plan, planner_data="per-rank-data")
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        global_plan, metadata = super().create_global_plan(all_plans)
-        merged_data = [p.planner_data for p in global_plan]
-        metadata = replace(metadata, planner_data=merged_data)
-        return global_plan, metadata
-
-
-class RenameLoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self,
-        state_dict: STATE_DICT_TYPE,
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        self.original_state_dict = state_dict
-        state_dict = {"foo_" + k: v for k, v in state_dict.items()}
-
-        if self.flatten_sharded_tensors:
-            state_dict = _flatten_sharded_tensors(state_dict)
-
-        if self.flatten_state_dict:
-            state_dict, self.mappings = flatten_state_dict(state_dict)
-
-        self.state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # Remove the "foo_" prefix
-        self.original_state_dict[read_item.dest_index.fqn[4:]] = torch.load(
-            value, weights_only=False
-        )
-
-
-class MetaModelMaterialize(DefaultLoadPlanner):
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        tensor = super().resolve_tensor(read_item)
-        return torch.empty_like(tensor, device="cpu")
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        self.state_dict[read_item.dest_index.fqn] = tensor
+# --- the planners in the docstrings of torch's planner module
 
 
 def test_rename_planners() -> None:

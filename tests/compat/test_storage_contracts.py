@@ -12,7 +12,7 @@ import torch.distributed as dist
 import dcp_engine as dcp
 from storage_backends.testing import StorageReaderContract, StorageWriterContract
 from storage_backends.testing.contracts.driving import CheckpointId
-from storage_backends.testing.contracts.medium import DirectoryMedium, Medium
+from storage_backends.testing.contracts.medium import Medium
 from storage_backends.testing.contracts.places import MakeReader, MakeWriter
 from tests.compat.dictionary_storage import (
     DictionaryMedium,
@@ -22,6 +22,7 @@ from tests.compat.dictionary_storage import (
 )
 from tests.compat.file_storage import FileReader, FileWriter
 from tests.multirank.pool import RankPool
+from tests.storage_backends.in_directories import InDirectories
 
 
 class TestDictionary(StorageWriterContract, StorageReaderContract):
@@ -53,29 +54,10 @@ class TestDictionary(StorageWriterContract, StorageReaderContract):
         return DictionaryMedium(storage, "here")
 
 
-class TestFiles(StorageWriterContract, StorageReaderContract):
+class TestFiles(InDirectories):
     notices_damage = False
-    foreign_place = "s3://bucket/checkpoint"
-
-    @pytest.fixture
-    def place(self, tmp_path: Path) -> CheckpointId:
-        return tmp_path / "checkpoint"
-
-    @pytest.fixture
-    def other_place(self, tmp_path: Path) -> CheckpointId:
-        return tmp_path / "other"
-
-    @pytest.fixture
-    def make_writer(self, place: CheckpointId) -> MakeWriter:
-        return lambda: FileWriter(place)
-
-    @pytest.fixture
-    def make_reader(self, place: CheckpointId) -> MakeReader:
-        return lambda: FileReader(place)
-
-    @pytest.fixture
-    def medium(self, place: CheckpointId) -> Medium:
-        return DirectoryMedium(place)
+    writer = FileWriter
+    reader = FileReader
 
 
 def _save_and_load(path: str) -> list[Any]:

@@ -13,6 +13,7 @@ import torch
 
 import dcp_engine as dcp
 from tests.compat import planners, storages
+from tests.wrapper_tensors import Scaled
 
 WAYS = ["columns", "items", "foreign"]
 Way = Callable[[dict[str, Any], dict[str, Any]], dcp.Metadata]
@@ -231,30 +232,6 @@ def test_stateful_values_at_any_depth(round_trip: Way) -> None:
         assert torch.equal(ours["state"][i]["step"], entry["step"])
     assert (scheduler.step, scheduler.loads, scheduler.average.tolist()) == (1, 1, [1, 1, 1])
     assert target["seed"] == 1
-
-
-class Scaled(torch.Tensor):
-    """A wrapper subclass."""
-
-    @staticmethod
-    def __new__(cls, data: Any, scale: Any, bits: int) -> Scaled:
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
-
-    def __init__(self, data: Any, scale: Any, bits: int) -> None:
-        self.data_, self.scale, self.bits = data, scale, bits
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["data_", "scale"], {"bits": self.bits}
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: Any, context: Any, size: Any, stride: Any) -> Scaled:
-        return cls(inner["data_"], inner["scale"], context["bits"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(func)
 
 
 def scaled(value: int, bits: int = 8) -> Scaled:

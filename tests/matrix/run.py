@@ -206,12 +206,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cells whose names hold this")
     parser.add_argument("--lanes", type=int, default=LANES)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--cells", type=int, help="only so many, drawn by the seed")
     parser.add_argument("--seconds", type=float, help="begin no case after so long")
     options = parser.parse_args()
     whole = full_matrix(options.operations)
     cases = sample(whole) if options.sample else whole
     cases = [case for case in cases if options.only in str(case)]
     random.Random(options.seed).shuffle(cases)
+    cases = cases[: options.cells]
     print(f"{len(cases)} of {len(whole)} cases", flush=True)
     until = time.monotonic() + options.seconds if options.seconds else None
     findings = run_cases(cases, lanes=options.lanes, until=until, verbose=True)

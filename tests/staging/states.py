@@ -107,28 +107,6 @@ class Halves:
         return self.parts[index.offset[0] // 2]
 
 
-class Scaled(torch.Tensor):
-    """A wrapper subclass: data, scales, and a context."""
-
-    @staticmethod
-    def __new__(cls, data: Any, scale: Any, bits: int) -> Scaled:
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
-
-    def __init__(self, data: Any, scale: Any, bits: int) -> None:
-        self.data_, self.scale, self.bits = data, scale, bits
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["data_", "scale"], {"bits": self.bits}
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: Any, context: Any, size: Any, stride: Any) -> Scaled:
-        return cls(inner["data_"], inner["scale"], context["bits"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(func)
-
-
 class Opaque:
     """An object like any other, that holds a tensor."""
 

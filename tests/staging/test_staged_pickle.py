@@ -18,7 +18,8 @@ from dcp_engine.staging.layout import ArenaLayout
 from dcp_engine.staging.staged_pickle import dump_staged, load_staged
 from dcp_engine.staging.stagers import DefaultStager
 from dcp_engine.staging.stand_in import StagedShards
-from tests.staging.states import Halves, Opaque, Scaled, bytes_of, dtensor, numbered
+from tests.staging.states import Halves, Opaque, bytes_of, dtensor, numbered
+from tests.wrapper_tensors import Scaled
 
 
 def state() -> dict[str, Any]:

@@ -28,13 +28,13 @@ from tests.staging.states import (
     Counter,
     Halves,
     Opaque,
-    Scaled,
     bytes_of,
     dtensor,
     mesh_of,
     numbered,
     sharded_tensor,
 )
+from tests.wrapper_tensors import Scaled
 
 GROUP = GroupRanks(ranks=(0, 1), rank=1)
 

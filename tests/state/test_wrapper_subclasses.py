@@ -11,30 +11,9 @@ from dcp_engine.errors import UnsupportedStateError
 from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe, describe_leaves
 from dcp_engine.state.flatten import flatten
 from dcp_engine.state.values import EntryKind, ObjectValue, TensorValue
+from tests.wrapper_tensors import Scaled
 
 ALONE = GroupRanks()
-
-
-class Scaled(torch.Tensor):
-    """Quantised weights as torchao makes them: data, scales, and a context."""
-
-    @staticmethod
-    def __new__(cls, data: Any, scale: Any, bits: int) -> Scaled:
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
-
-    def __init__(self, data: Any, scale: Any, bits: int) -> None:
-        self.data_, self.scale, self.bits = data, scale, bits
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["data_", "scale"], {"bits": self.bits}
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: Any, context: Any, size: Any, stride: Any) -> Scaled:
-        return cls(inner["data_"], inner["scale"], context["bits"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(func)
 
 
 def make() -> Scaled:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from storage_backends.filesystem import FileSystemReader, FileSystemWriter
@@ -19,33 +17,15 @@ from storage_backends.testing import (
     faulty_writer,
 )
 from storage_backends.testing.contracts.driving import CheckpointId
-from storage_backends.testing.contracts.medium import DirectoryMedium, Medium
+from storage_backends.testing.contracts.medium import Medium
 from storage_backends.testing.contracts.places import MakeReader, MakeWriter
+from tests.storage_backends.in_directories import InDirectories
 from tests.storage_backends.mediums import MemoryMedium
 
 
-class TestFileSystem(StorageWriterContract, StorageReaderContract):
-    foreign_place = "s3://bucket/checkpoint"
-
-    @pytest.fixture
-    def place(self, tmp_path: Path) -> CheckpointId:
-        return tmp_path / "checkpoint"
-
-    @pytest.fixture
-    def other_place(self, tmp_path: Path) -> CheckpointId:
-        return tmp_path / "other"
-
-    @pytest.fixture
-    def make_writer(self, place: CheckpointId) -> MakeWriter:
-        return lambda: FileSystemWriter(place)
-
-    @pytest.fixture
-    def make_reader(self, place: CheckpointId) -> MakeReader:
-        return lambda: FileSystemReader(place)
-
-    @pytest.fixture
-    def medium(self, place: CheckpointId) -> Medium:
-        return DirectoryMedium(place)
+class TestFileSystem(InDirectories):
+    writer = FileSystemWriter
+    reader = FileSystemReader
 
 
 class TestMemory(StorageWriterContract, StorageReaderContract):
