@@ -41,6 +41,7 @@ class CoordinatorRole(Role):
         self._events = 0
         self._first_event = 1
         self._last_verdict = 0
+        self._last_step = -1
         self._obsolete = 0
         """Events up to this index have been read by all ranks."""
         self._split_events: dict[int, int] = {}
@@ -61,7 +62,7 @@ class CoordinatorRole(Role):
         now = self.clock.now()
         if self.step < 0:
             # Before anything can happen here the others learn that there is a coordinator.
-            self._emit(Event(kind="tick"))
+            self._emit(self._tick())
         self.step = step
         self._phase = phase
         self._decide_phase = decide_phase
@@ -95,7 +96,7 @@ class CoordinatorRole(Role):
         self._emit(
             Event(kind="verdict", step=self.step, common=common, has_answers=answers is not None)
         )
-        self._last_verdict = self._events
+        self._last_verdict, self._last_step = self._events, self.step
         self._state = "idle"
         own = answers[self.rank] if answers is not None else b""
         self._resolve(Granted(common=common, answer=own))
@@ -134,7 +135,7 @@ class CoordinatorRole(Role):
             if now >= self._next_poll:
                 self._look(now)
             if self.outcome is None and now >= self._next_tick:
-                self._emit(Event(kind="tick"))
+                self._emit(self._tick())
                 self._remove_events(limit=4)
         if self.outcome is not None:
             self._resolve(Failed(verdict=self.outcome))
@@ -312,6 +313,9 @@ class CoordinatorRole(Role):
         )
 
     # -- events --------------------------------------------------------------------------------
+
+    def _tick(self) -> Event:
+        return Event(kind="tick", step=self._last_step, last_verdict=self._last_verdict)
 
     def _emit(self, event: Event) -> None:
         index = self._events + 1

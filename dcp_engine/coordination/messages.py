@@ -39,13 +39,17 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
-    """What the coordinator tells all ranks. Ticks say only that it lives."""
+    """What the coordinator tells all ranks. Ticks say that it lives, and where its last verdict
+    is: a rank that was slow to count its report may have missed it."""
 
     kind: Literal["tick", "verdict", "failure"]
-    step: int = 0
+    step: int = -1
+    """Of the verdict, or of the last one before the tick; -1 if there was none."""
     common: bytes = b""
     has_answers: bool = False
     """Each rank has an answer of its own under ``OperationKeys.answer``."""
+    last_verdict: int = 0
+    """Of a tick: the number of the event that was the last verdict."""
 
 
 class FailureVerdict(msgspec.Struct, frozen=True, array_like=True):

@@ -126,8 +126,9 @@ class ParticipantRole(Role):
             self.alarm.set()
             self._await_outcome = True
         # The coordinator publishes an event before it counts it: a rank that took the verdict of
-        # the last step at once may find it not counted yet, and must not take it again.
-        self._next_event = max(self._next_event, tally.events + 1)
+        # the last step at once may find it not counted yet, and must not take it again. And it may
+        # have used a report that was not counted yet: what was said last may be the verdict on it.
+        self._next_event = max(self._next_event, tally.events)
 
     def _wait_for_event(self) -> None:
         limits = [_NEVER]
@@ -145,14 +146,21 @@ class ParticipantRole(Role):
         if min(limits) <= 0:
             self._give_up("timeout", None)
             return
-        key = self.keys.event(self._next_event)
-        try:
-            data, _ = self.client.take(key, min(limits))
-        except WaitTimeout:
+        event = self._event(self._next_event, min(limits))
+        if event is None:
             return  # the next turn finds out which limit it was
         self._heard = self.clock.now()
         self._next_event += 1
-        self._obey(decode(data, Event))
+        if event.kind == "tick" and event.step == self.step:
+            # Nobody removes a verdict before this rank has reported in the step after it.
+            event = self._event(event.last_verdict, self.client.patience) or event
+        self._obey(event)
+
+    def _event(self, number: int, limit: float) -> Event | None:
+        try:
+            return decode(self.client.take(self.keys.event(number), limit)[0], Event)
+        except WaitTimeout:
+            return None
 
     def _obey(self, event: Event) -> None:
         if event.kind == "failure":

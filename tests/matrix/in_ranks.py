@@ -33,10 +33,10 @@ from tests.matrix.strike import Strike, StruckStore, mark_done, strike_method
 
 __all__ = ["killed", "recover", "survived"]
 
-QUICK = Rhythm(interval=0.1, grace=0.5, idle_poll=0.02)
 SLOWNESS = float(os.environ.get("DCP_MATRIX_SLOWNESS", "1"))
 """How many times slower than in a quiet run things may be before that counts as a failure: more
 where many groups of ranks share a machine with others."""
+QUICK = Rhythm(interval=0.1 * SLOWNESS, grace=0.5 * SLOWNESS, idle_poll=0.02)
 DEADLINE = 1.5 * SLOWNESS
 """Seconds for an operation in which a rank hangs."""
 WORKER_DEADLINE = 8.0 * SLOWNESS
