@@ -250,11 +250,7 @@ def simulated_targets(rows: Sequence[Row]) -> list[Target]:
     for layout in dict.fromkeys(row["layout"] for row in ours):
         grown = [r for r in ours if r["layout"] == layout and r["world_size"] >= _OVERHEAD]
         if len(grown) > 1:
-            exponent, whole = _growth(grown, kernel=False), _growth(grown, kernel=True)
-            text = f"growth exponent, {LAYOUTS[layout].title}"
-            if any("first_kernel" in row for row in grown):
-                text += f" (with the kernel's time {number(whole)})"
-            add(text, "", 1.05, [exponent])
+            add(f"growth exponent, {LAYOUTS[layout].title}", "", 1.05, [_growth(grown)])
     add(f"second plan {at}", "s", 0.05, [r["second"]["agree"] for r in judged])
     add(
         f"second plan, a rank's bytes out and in {at}",
@@ -284,15 +280,10 @@ def simulated_targets(rows: Sequence[Row]) -> list[Target]:
     return targets
 
 
-def _growth(rows: Sequence[Row], *, kernel: bool) -> float:
-    """The exponent in ranks times tensors of the first save; without ``kernel``, of the time that
-    is not spent on page faults, which depend on what memory the process has already."""
+def _growth(rows: Sequence[Row]) -> float:
+    """The exponent in ranks times tensors of the first save, the kernel's time included."""
     items = [row["world_size"] * row["tensors"] for row in rows]
-    seconds = [sum(row["first"].values()) for row in rows]
-    if not kernel:
-        faults = [sum(row.get("first_kernel", {}).values()) for row in rows]
-        seconds = [whole - part for whole, part in zip(seconds, faults, strict=True)]
-    return fitted_exponent(items, seconds)
+    return fitted_exponent(items, [sum(row["first"].values()) for row in rows])
 
 
 def _progress(text: str) -> None:

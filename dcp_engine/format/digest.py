@@ -50,9 +50,12 @@ def digest_value(data: Bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def xxh3_128_hex(data: Bytes) -> str:
-    """xxh3-128 of ``data``, as 32 lower-case hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(data)
+def xxh3_128_hex(*parts: Bytes) -> str:
+    """xxh3-128 of ``parts`` joined, as 32 lower-case hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
 
 
 def check_block_size(block_size: int) -> bool:

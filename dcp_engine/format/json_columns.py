@@ -11,7 +11,7 @@ what a column expands to is bounded by the bytes that were read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -28,6 +28,7 @@ __all__ = [
     "encode_fields",
     "encode_list",
     "expand_column",
+    "field_parts",
     "object_fields",
     "parse_progression",
     "read",
@@ -81,9 +82,27 @@ def object_fields(data: bytes | memoryview | msgspec.Raw, what: str) -> dict[str
     return fields
 
 
-def encode_fields(fields: Mapping[str, bytes]) -> bytes:
-    """A JSON object of encoded values; keys are plain ASCII."""
-    return b"{" + b",".join(b'"%b":%b' % (k.encode(), v) for k, v in fields.items()) + b"}"
+def encode_fields(fields: Mapping[str, bytes | Sequence[bytes]]) -> bytes:
+    """A JSON object of encoded values, or lists of such; keys are plain ASCII."""
+    return b"".join(field_parts(fields))
+
+
+def field_parts(fields: Mapping[str, bytes | Sequence[bytes]]) -> list[bytes]:
+    """The same, to be joined once: values may have tens of megabytes, and every copy of one costs
+    fresh memory."""
+    parts: list[bytes] = []
+    for key, value in fields.items():
+        parts += (b"," if parts else b"{", b'"%b":' % key.encode())
+        if isinstance(value, bytes):
+            parts.append(value)
+            continue
+        opening = b"["
+        for element in value:
+            parts += (opening, element)
+            opening = b","
+        parts.append(b"]" if value else b"[]")
+    parts.append(b"}" if parts else b"{}")
+    return parts
 
 
 def encode_list(values: I64 | npt.NDArray[np.int32]) -> bytes:

@@ -29,7 +29,7 @@ from dcp_engine.format.file_tables import (
     encode_digest_files,
     encode_extra_files,
 )
-from dcp_engine.format.json_columns import decode_as, encode_fields, object_fields, refuse
+from dcp_engine.format.json_columns import decode_as, field_parts, object_fields, refuse
 from dcp_engine.format.lazy_maps import make_object_maps, make_tensor_maps
 from dcp_engine.format.names import MAX_RANKS, is_save_id
 from dcp_engine.format.nesting import Nesting
@@ -88,7 +88,7 @@ def encode_manifest(
     ``token`` and ``rank`` are given for one rank's manifest of a collective-free save. Raises
     ``UsageError`` for user metadata that JSON does not give back as it was.
     """
-    fields: dict[str, bytes] = {
+    fields: dict[str, bytes | Sequence[bytes]] = {
         "format": b'"dcp_engine"',
         "version": _encoder.encode(FORMAT_VERSION),
         "save_id": _encoder.encode(save_id),
@@ -107,8 +107,9 @@ def encode_manifest(
     fields["tensors"] = tensors.data
     fields["objects"] = _encoder.encode([_object_record(entry) for entry in objects])
     fields["nesting"] = nesting
-    body = encode_fields(fields)[:-1]
-    return body + b',"manifest_xxh3_128":"%b"}\n' % xxh3_128_hex(body).encode()
+    parts = field_parts(fields)[:-1]
+    parts.append(b',"manifest_xxh3_128":"%b"}\n' % xxh3_128_hex(*parts).encode())
+    return b"".join(parts)
 
 
 def _object_record(entry: StoredObject) -> list[object]:

@@ -88,7 +88,7 @@ def encode_tensor_section(
         for row in table_rows.tolist()
     ]
     counted = np.arange(shapes.shape[1]) < ndims[:, None]
-    fields = {
+    fields: dict[str, bytes | Sequence[bytes]] = {
         "names": _encode_names(names),
         "dtypes": _encode_dtypes(dtypes),
         "ndims": encode_column(ndims.astype(np.int64)),
@@ -99,7 +99,7 @@ def encode_tensor_section(
         "file": encode_column(chunk_file[whole_chunks]),
         "start": encode_list(chunk_start[whole_chunks]),
         "table_rows": encode_list(table_rows),
-        "tables": b"[" + b",".join(tables) + b"]",
+        "tables": tables,
     }
     return TensorSection(encode_fields(fields), len(chunk_tensor))
 

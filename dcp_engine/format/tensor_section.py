@@ -123,7 +123,7 @@ class TensorSectionReader:
         self.owners: list[int] = (_column(fields, "owners", count, MAX_RANKS + 1) - 1).tolist()
         aliases = _column(fields, "aliases", count, count + 1) - 1
         self._aliases = aliases
-        self._data_sizes = [f.size - f.data_start for f in files]
+        self._data_sizes = np.array([f.size - f.data_start for f in files], np.int64)
         self._read_places(fields, aliases)
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ class TensorSectionReader:
         nbytes, absurd = self._bytes_of(row, shapes)
         place = self._place[row]
         file, start = self._whole_file[place], self._whole_start[place]
-        room = np.array(self._data_sizes, np.int64)[file] - start
+        room = self._data_sizes[file] - start
         fits = np.flatnonzero(~absurd & (nbytes <= np.minimum(room, MAX_BYTES)))
         return WholeTensors(
             at=at[fits],
@@ -219,7 +219,7 @@ class TensorSectionReader:
             ndims=ndims,
             shapes=shapes,
             itemsizes=self._itemsizes[row],
-            data_sizes=np.array(self._data_sizes, np.int64),
+            data_sizes=self._data_sizes,
         )
         if found is None:
             return None
@@ -327,7 +327,7 @@ class TensorSectionReader:
         offsets, sizes, file, start = self._read_table(table, row, self._shape(row))
         # Boxes inside a shape of at most MAX_BYTES: neither product nor sum can wrap.
         nbytes = sizes.prod(axis=1, dtype=np.int64) * self._infos[row].itemsize
-        if (start + nbytes > np.array(self._data_sizes, np.int64)[file]).any():
+        if (start + nbytes > self._data_sizes[file]).any():
             self._refuse_behind_file(row)
         return StoredChunks(
             offsets=_read_only(offsets),

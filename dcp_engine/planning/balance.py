@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dcp_engine.errors import InvalidPlanError
-from dcp_engine.planning.arrays import row_products, segment_positions, stable_order
+from dcp_engine.planning.arrays import blocks, row_products, stable_order
 from dcp_engine.planning.columns import I32, I64
 from dcp_engine.planning.unite import HeldBoxes
 
-__all__ = ["BalanceOptions", "Pieces", "share_out"]
+__all__ = ["BalanceOptions", "Pieces", "share_out", "with_whole"]
 
 F64 = npt.NDArray[np.float64]
 
@@ -67,45 +67,66 @@ def share_out(
     to_lowest_rank: bool = False,
     options: BalanceOptions | None = None,
 ) -> Pieces:
-    """Decide who writes each box.
+    """Decide who writes each box that several ranks hold, which are few; ``with_whole`` adds the
+    others.
 
     Args:
         boxes: sorted distinct boxes and their holders.
-        itemsize: (U,) bytes per element of each box.
+        itemsize: (K,) bytes per element of each tensor.
         to_lowest_rank: give every box whole to the lowest rank that holds it.
     """
-    heights = _heights(boxes.sizes)
-    whole = Pieces(
-        box=np.arange(len(boxes.tensor), dtype=np.int64),
-        holder=boxes.first.astype(np.int64),
-        row=np.zeros(len(boxes.tensor), dtype=np.int64),
-        rows=heights,
-    )
     several = np.flatnonzero(boxes.count > 1)
+    heights = _heights(boxes.sizes[several])
     if to_lowest_rank or not len(several):
-        return whole
-    nbytes = row_products(boxes.sizes) * itemsize
-    single = boxes.count == 1
-    # Exact: sums stay far below 2^53 bytes, or the rounding is far below a grain.
-    loads: F64 = np.bincount(
-        boxes.rank.take(boxes.first[single]), weights=nbytes[single], minlength=world_size
-    ).astype(np.float64)
+        first = boxes.first[several]
+        return Pieces(box=several, holder=first, row=np.zeros_like(several), rows=heights)
+    loads = _loads_of_single_holders(boxes, itemsize, world_size)
+    nbytes = row_products(boxes.sizes[several]) * itemsize.take(boxes.tensor[several])
     options = options or BalanceOptions()
-    mean = float(nbytes.sum()) / world_size
+    mean = (float(loads.sum()) + float(nbytes.sum())) / world_size
     grain = int(min(max(mean * _SHARE, options.finest), options.coarsest))
     rule = _Rule(grain=max(1, grain), coarse=max(1, grain, int(mean * _SHARE)))
     parts: list[Pieces] = []
     for members in _classes(boxes, several):
-        first = int(boxes.first[members[0]])
-        ranks = boxes.rank[first : first + int(boxes.count[members[0]])]
+        first = boxes.first[several[members]]
+        ranks = boxes.rank[first[0] : first[0] + int(boxes.count[several[members[0]]])]
         box, rank_at, row, rows = _share_class(
             nbytes[members], heights[members], loads[ranks], ranks, rule
         )
         np.add.at(loads, ranks[rank_at], rows * (nbytes[members] // heights[members])[box])
         parts.append(
-            Pieces(box=members[box], holder=boxes.first[members[box]] + rank_at, row=row, rows=rows)
+            Pieces(box=several[members[box]], holder=first[box] + rank_at, row=row, rows=rows)
         )
-    return _merge(whole, single, parts)
+    return _joined(parts)
+
+
+def with_whole(boxes: HeldBoxes, shared: Pieces, block: slice) -> Pieces:
+    """All pieces of the boxes ``block``: those of ``shared``, which ``share_out`` returned, and
+    each box with one holder in one piece."""
+    begin, end = np.searchsorted(shared.box, (block.start, block.stop))
+    mine = shared.box[begin:end] - block.start
+    pieces = np.bincount(mine, minlength=block.stop - block.start)
+    box = np.repeat(np.arange(block.start, block.stop), np.maximum(pieces, 1))
+    holder = boxes.first.take(box)
+    row = np.zeros_like(box)
+    rows = _heights(boxes.sizes.take(box, axis=0))
+    at = np.flatnonzero(pieces.take(box - block.start))
+    holder[at], row[at], rows[at] = (
+        column[begin:end] for column in (shared.holder, shared.row, shared.rows)
+    )
+    return Pieces(box=box, holder=holder, row=row, rows=rows)
+
+
+def _loads_of_single_holders(boxes: HeldBoxes, itemsize: I64, world_size: int) -> F64:
+    """(W,) bytes that each rank has to write whoever writes the rest. Exact: sums stay far below
+    2^53 bytes, or the rounding is far below a grain."""
+    loads = np.zeros(world_size)
+    for block in blocks(len(boxes.tensor)):
+        single = np.flatnonzero(boxes.count[block] == 1)
+        nbytes = row_products(boxes.sizes[block]) * itemsize.take(boxes.tensor[block])
+        ranks = boxes.rank.take(boxes.first[block].take(single))
+        loads += np.bincount(ranks, weights=nbytes.take(single), minlength=world_size)
+    return loads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +145,7 @@ def _heights(sizes: I64) -> I64:
 
 
 def _classes(boxes: HeldBoxes, several: I64) -> list[I64]:
-    """Boxes held by the same ranks, fewest holders first, then by first box."""
+    """Which of ``several`` are held by the same ranks: fewest holders first, then by first box."""
     count = boxes.count[several]
     begin = np.cumsum(count) - count
     holders = np.repeat(boxes.first[several] - begin, count) + np.arange(int(count.sum()))
@@ -138,7 +159,7 @@ def _classes(boxes: HeldBoxes, several: I64) -> list[I64]:
         rows = begin[part][:, None] + np.arange(int(count[part[0]]))
         if (ranks[rows] != ranks[rows[0]]).any():
             raise InvalidPlanError("two sets of ranks have one 64-bit key; this cannot happen")
-    return [several[part] for part in classes]
+    return classes
 
 
 def _scatter(ranks: I32) -> npt.NDArray[np.uint64]:
@@ -250,20 +271,10 @@ def _cut_line(
     return fine[of], at.astype(np.int64), row, (piece_ends - begins) // height
 
 
-def _merge(whole: Pieces, single: npt.NDArray[np.bool_], parts: list[Pieces]) -> Pieces:
-    box = np.concatenate([part.box for part in parts])
+def _joined(parts: list[Pieces]) -> Pieces:
+    box, holder, row, rows = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("box", "holder", "row", "rows")
+    )
     order = stable_order(box)
-    box = box[order]
-    counts = np.bincount(box, minlength=len(single))
-    counts[single] = 1
-    place = np.cumsum(counts) - counts
-    total = int(counts.sum())
-    shared = place[box] + segment_positions(counts[~single])
-    alone = place[single]
-    columns = []
-    for name in ("box", "holder", "row", "rows"):
-        column = np.empty(total, dtype=np.int64)
-        column[alone] = getattr(whole, name)[single]
-        column[shared] = np.concatenate([getattr(part, name) for part in parts])[order]
-        columns.append(column)
-    return Pieces(box=columns[0], holder=columns[1], row=columns[2], rows=columns[3])
+    return Pieces(box=box[order], holder=holder[order], row=row[order], rows=rows[order])

@@ -131,6 +131,9 @@ class PlacedChunks:
     source: I32 | None = None
     """(C,) row of the writing rank's ``LocalPlan.chunks`` that the box is (a part) of; None in a
     plan that is not to be assigned any more."""
+    order: I64 | None = None
+    """(C,) rows of the chunks, as they lie in the files one behind the other; None as ``source``
+    is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

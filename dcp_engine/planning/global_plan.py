@@ -2,20 +2,20 @@
 
 The steps, each a module: merge the tables, unite the boxes, check that they tile, share out what
 several ranks hold, lay the pieces out in files. All of it works on arrays stacked over ranks; a
-Python loop here runs over ranks or over tensors, never over both.
+Python loop here runs over ranks, over tensors or over blocks of rows, never over two of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from dcp_engine.errors import UsageError
 from dcp_engine.format.nesting import merge_nestings
 from dcp_engine.planning.aliases import merge_aliases
-from dcp_engine.planning.arrays import row_products
-from dcp_engine.planning.balance import BalanceOptions, Pieces, share_out
+from dcp_engine.planning.arrays import blocks, row_products
+from dcp_engine.planning.balance import BalanceOptions, Pieces, share_out, with_whole
 from dcp_engine.planning.columns import (
     I32,
     I64,
@@ -28,7 +28,7 @@ from dcp_engine.planning.columns import (
     TensorTable,
 )
 from dcp_engine.planning.item_sizes import item_sizes
-from dcp_engine.planning.layout import file_order, lay_out
+from dcp_engine.planning.layout import lay_out
 from dcp_engine.planning.merge import Merged, merge_tables
 from dcp_engine.planning.objects import place_objects
 from dcp_engine.planning.unite import HeldBoxes, unite_boxes
@@ -64,7 +64,7 @@ def make_global_plan(
     validate_tiling(merged.tensors, merged.aliases, boxes)
     pieces = share_out(
         boxes,
-        item_sizes(merged.tensors.dtypes).take(boxes.tensor),
+        item_sizes(merged.tensors.dtypes),
         len(local_plans),
         to_lowest_rank=dedup_to_lowest_rank,
         options=balance,
@@ -85,14 +85,12 @@ def make_global_plan(
     )
 
 
-def assignments(
-    plan: GlobalPlan,
-    local_plans: Sequence[LocalPlan],
-) -> list[RankAssignment]:
-    """Every rank's part of ``plan``, which was made from ``local_plans``."""
+def assignments(plan: GlobalPlan, local_plans: Sequence[LocalPlan]) -> Iterator[RankAssignment]:
+    """Every rank's part of ``plan``, which was made from ``local_plans``: each when it is asked
+    for, since all of them together are as large as the plan."""
     if len(local_plans) != plan.world_size:
         raise UsageError(f"{len(local_plans)} local plans for a plan of {plan.world_size} ranks")
-    return _assign(plan, dict(enumerate(local_plans)))
+    return map(_assigner(plan), range(plan.world_size), local_plans)
 
 
 def make_own_plan(
@@ -109,7 +107,7 @@ def make_own_plan(
         tensors=table, rows=(rows,), aliases=merge_aliases(table, [rows], [local.aliases])
     )
     boxes = unite_boxes([local], merged)
-    pieces = share_out(boxes, item_sizes(table.dtypes).take(boxes.tensor), 1)
+    pieces = share_out(boxes, item_sizes(table.dtypes), 1)
     owner = np.full(len(boxes.rank), rank, dtype=np.int32)
     chunks, files = _place(table, boxes, pieces, owner, files_per_rank)
     plan = GlobalPlan(
@@ -125,7 +123,7 @@ def make_own_plan(
         ),
         containers=local.containers,
     )
-    return plan, _assign(plan, {rank: local})[0]
+    return plan, _assigner(plan)(rank, local)
 
 
 def _place(
@@ -134,18 +132,26 @@ def _place(
     """``rank`` is (H,), who each holder of ``boxes`` is."""
     if files_per_rank < 1:
         raise UsageError(f"files_per_rank is {files_per_rank}, but a rank needs a file to write")
-    offsets, sizes = _piece_boxes(boxes, pieces)
-    tensor = boxes.tensor.take(pieces.box)
-    element = item_sizes(table.dtypes).take(tensor)
-    nbytes = row_products(sizes) * element
-    places = lay_out(
-        table,
-        tensor,
-        rank.take(pieces.holder),
-        nbytes,
-        element,
-        files_per_rank=files_per_rank,
-    )
+    count = len(boxes.tensor) - len(np.unique(pieces.box)) + len(pieces.box)
+    source, writer = np.empty(count, np.int32), np.empty(count, np.int32)
+    nbytes = np.empty(count, np.int64)
+    tensor, offsets, sizes = boxes.tensor, boxes.offsets, boxes.sizes
+    cut = count > len(tensor)  # else each box is one piece, and the columns are the same
+    if cut:
+        tensor = np.empty(count, np.int32)
+        offsets, sizes = (np.empty((count, offsets.shape[1]), np.int64) for _ in range(2))
+    element = item_sizes(table.dtypes)
+    end = 0
+    for block in blocks(len(boxes.tensor)):
+        part = with_whole(boxes, pieces, block)
+        here = slice(end, end + len(part.box))
+        end = here.stop
+        if cut:
+            tensor[here] = boxes.tensor.take(part.box)
+            offsets[here], sizes[here] = _piece_boxes(boxes, part)
+        nbytes[here] = row_products(sizes[here]) * element.take(tensor[here])
+        source[here], writer[here] = boxes.source.take(part.holder), rank.take(part.holder)
+    places = lay_out(table, tensor, writer, nbytes, files_per_rank=files_per_rank)
     chunks = PlacedChunks(
         tensor=tensor,
         offsets=offsets,
@@ -153,46 +159,43 @@ def _place(
         file=places.file,
         start=places.start,
         nbytes=nbytes,
-        source=boxes.source.take(pieces.holder),
+        source=source,
+        order=places.order,
     )
     return chunks, places.files
 
 
-def _assign(plan: GlobalPlan, locals_: Mapping[int, LocalPlan]) -> list[RankAssignment]:
-    """The parts of the ranks in ``locals_``."""
+def _assigner(plan: GlobalPlan) -> Callable[[int, LocalPlan], RankAssignment]:
+    """What gives a rank, whose local plan is given too, its part of ``plan``."""
     chunks, files = plan.chunks, plan.files
-    if chunks.source is None:
+    if chunks.source is None or chunks.order is None:
         raise UsageError("this global plan was assigned before; make it anew from local plans")
-    order = file_order(chunks.file, item_sizes(plan.tensors.dtypes).take(chunks.tensor))
-    source, file = chunks.source.take(order), chunks.file.take(order)
-    start, nbytes = chunks.start.take(order), chunks.nbytes.take(order)
-    offsets, sizes = chunks.offsets.take(order, axis=0), chunks.sizes.take(order, axis=0)
+    all_sources, order = chunks.source, chunks.order
     first_file = np.searchsorted(files.rank, np.arange(plan.world_size + 1))
-    first_chunk = np.searchsorted(file, first_file)
-    number = files.number.take(file)
-    objects: dict[int, list[str]] = {rank: [] for rank in locals_}
+    first_chunk = np.append(0, np.cumsum(files.chunks)).take(first_file)
+    objects: dict[int, list[str]] = {}
     for name, owner in zip(plan.objects.names, plan.objects.owners.tolist(), strict=True):
-        if owner in objects:
-            objects[owner].append(name)
-    result: list[RankAssignment] = []
-    for rank, local in locals_.items():
-        mine = slice(int(first_chunk[rank]), int(first_chunk[rank + 1]))
+        objects.setdefault(owner, []).append(name)
+
+    def assign(rank: int, local: LocalPlan) -> RankAssignment:
+        rows = order[first_chunk[rank] : first_chunk[rank + 1]]
+        own_files = slice(int(first_file[rank]), int(first_file[rank + 1]))
         width = local.chunks.offsets.shape[1]
-        at = local.chunks.offsets.take(source[mine], axis=0)
-        result.append(
-            RankAssignment(
-                source=source[mine],
-                within=offsets[mine, :width] - at,
-                offsets=offsets[mine, :width],
-                sizes=sizes[mine, :width],
-                file=number[mine],
-                start=start[mine],
-                nbytes=nbytes[mine],
-                file_data_bytes=files.data_bytes[first_file[rank] : first_file[rank + 1]],
-                objects=tuple(objects[rank]),
-            )
+        source = all_sources.take(rows)
+        offsets = chunks.offsets.take(rows, axis=0)[:, :width]
+        return RankAssignment(
+            source=source,
+            within=offsets - local.chunks.offsets.take(source, axis=0),
+            offsets=offsets,
+            sizes=chunks.sizes.take(rows, axis=0)[:, :width],
+            file=np.repeat(files.number[own_files], files.chunks[own_files]),
+            start=chunks.start.take(rows),
+            nbytes=chunks.nbytes.take(rows),
+            file_data_bytes=files.data_bytes[own_files],
+            objects=tuple(objects.get(rank, ())),
         )
-    return result
+
+    return assign
 
 
 def _piece_boxes(boxes: HeldBoxes, pieces: Pieces) -> tuple[I64, I64]:

@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dcp_engine.planning.arrays import stable_order
+from dcp_engine.planning.arrays import blocks, run_blocks, segment_positions, stable_order
 from dcp_engine.planning.columns import I32, I64, PlannedFiles, TensorTable
+from dcp_engine.planning.item_sizes import item_sizes
 
-__all__ = ["HEADER_LIMIT", "Places", "file_order", "lay_out"]
+__all__ = ["HEADER_LIMIT", "Places", "lay_out"]
 
 HEADER_LIMIT = 40 << 20
 """Bytes of header entries for tensors at which a new file begins. Readers refuse headers of
@@ -34,64 +35,80 @@ class Places:
 
     file: I32
     start: I64
+    order: I64
+    """(P,) rows of the pieces, as they lie in the files one behind the other."""
     files: PlannedFiles
 
 
 def lay_out(
-    tensors: TensorTable,
-    tensor: I32,
-    rank: I32,
-    nbytes: I64,
-    itemsize: I64,
-    *,
-    files_per_rank: int = 1,
+    tensors: TensorTable, tensor: I32, rank: I32, nbytes: I64, *, files_per_rank: int = 1
 ) -> Places:
     """Give each piece its file and position.
 
     Args:
         tensor: (P,) row of ``tensors``.
         rank: (P,) who writes it.
-        nbytes, itemsize: (P,) bytes of the piece and of one of its elements.
+        nbytes: (P,) bytes of the piece.
         files_per_rank: split a rank's data over as many files by bytes.
     """
-    order = file_order(rank, itemsize)
-    entries = _header_bytes(tensors).take(tensor)
-    long = len(rank) > 0 and np.bincount(rank, weights=entries).max() >= HEADER_LIMIT
-    rank, nbytes = rank.take(order), nbytes.take(order)
-    begins = _changes(rank)
-    if files_per_rank > 1:
-        start, total = _within_runs(rank, nbytes)
-        # The middle of a piece decides, so that a border goes to the side that has more of it.
-        share = ((start + nbytes / 2) * files_per_rank / np.maximum(total, 1)).astype(np.int64)
-        begins |= _changes(np.minimum(share, files_per_rank - 1))
-    if long:
-        header, _ = _within_runs(rank, entries.take(order))
-        begins |= _changes(header // HEADER_LIMIT)
-    file = np.cumsum(begins, dtype=np.int32) - np.int32(1)
-    first = np.flatnonzero(begins)
-    file_rank = rank.take(first)
-    new_rank = np.flatnonzero(_changes(file_rank))
-    per_rank = np.diff(np.append(new_rank, len(first)))
-    number = np.arange(len(first)) - np.repeat(new_rank, per_rank)
-    file_start, _ = _within_runs(file, nbytes)
-    placed_file = np.empty(len(order), dtype=np.int32)
-    placed_start = np.empty(len(order), dtype=np.int64)
-    placed_file[order], placed_start[order] = file, file_start
+    order = _file_order(tensors, tensor, rank)
+    by_rank = rank.take(order)
+    entries = _header_bytes(tensors)
+    file, start = np.empty(len(order), np.int32), np.empty(len(order), np.int64)
+    ranks, sizes, counts = [by_rank[:0]], [nbytes[:0]], [order[:0]]
+    known = 0
+    for block in run_blocks(by_rank):  # no file has pieces of two ranks
+        rows, of = order[block], by_rank[block]
+        amounts = nbytes.take(rows)
+        first = _first_of_files(of, amounts, entries.take(tensor.take(rows)), files_per_rank)
+        lengths = _run_lengths(first, len(rows))
+        file[rows] = np.repeat(np.arange(known, known + len(first)), lengths)
+        start[rows] = _before_in_run(first, amounts)
+        ranks.append(of.take(first))
+        sizes.append(np.add.reduceat(amounts, first))
+        counts.append(lengths)
+        known += len(first)
+    file_rank = np.concatenate(ranks)
+    of_rank = _run_lengths(np.flatnonzero(_changes(file_rank)), known)
     return Places(
-        file=placed_file,
-        start=placed_start,
+        file=file,
+        start=start,
+        order=order,
         files=PlannedFiles(
             rank=file_rank,
-            number=number.astype(np.int32),
-            data_bytes=np.add.reduceat(nbytes, first) if len(first) else nbytes[:0],
-            chunks=np.diff(np.append(first, len(order))),
+            number=segment_positions(of_rank).astype(np.int32),
+            data_bytes=np.concatenate(sizes),
+            chunks=np.concatenate(counts),
         ),
     )
 
 
-def file_order(group: npt.NDArray[np.integer], itemsize: I64) -> npt.NDArray[np.intp]:
-    """The order of pieces in files: by ``group`` (rank or file), falling ``itemsize``, plan."""
-    return stable_order(group * np.int64(_ELEMENT_CLASSES) + _CLASS_OF_SIZE.take(itemsize))
+def _first_of_files(
+    rank: I32, nbytes: I64, entries: I64, files_per_rank: int
+) -> npt.NDArray[np.intp]:
+    """The rows with which files begin, of pieces in file order; ``entries`` (N,) are bytes in a
+    file's header."""
+    begins = _changes(rank)
+    of_rank = np.flatnonzero(begins)
+    if files_per_rank > 1:
+        lengths = _run_lengths(of_rank, len(rank))
+        total = np.repeat(np.add.reduceat(nbytes, of_rank), lengths)
+        # The middle of a piece decides, so that a border goes to the side that has more of it.
+        middle = _before_in_run(of_rank, nbytes) + nbytes / 2
+        share = (middle * files_per_rank / np.maximum(total, 1)).astype(np.int64)
+        begins |= _changes(np.minimum(share, files_per_rank - 1))
+    begins |= _changes(_before_in_run(of_rank, entries) // HEADER_LIMIT)
+    return np.flatnonzero(begins)
+
+
+def _file_order(tensors: TensorTable, tensor: I32, rank: I32) -> npt.NDArray[np.intp]:
+    """The order of pieces in files: by rank, falling element size, plan."""
+    classes = _CLASS_OF_SIZE.take(item_sizes(tensors.dtypes))
+    top = (int(rank.max(initial=0)) + 1) * _ELEMENT_CLASSES
+    key = np.empty(len(rank), np.min_scalar_type(top - 1))
+    for block in blocks(len(rank)):
+        key[block] = rank[block] * np.int64(_ELEMENT_CLASSES) + classes.take(tensor[block])
+    return stable_order(key)
 
 
 def _changes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
@@ -101,14 +118,17 @@ def _changes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     return result
 
 
-def _within_runs(runs: npt.NDArray[np.integer], amounts: I64) -> tuple[I64, I64]:
-    """For each row, what came before it in its run of equal ``runs``, and the run's total."""
-    ends = np.cumsum(amounts)
-    begin = np.flatnonzero(_changes(runs))
-    lengths = np.diff(np.append(begin, len(runs)))
-    before = (ends - amounts).take(begin)
-    totals = ends.take(begin + lengths - 1) - before
-    return ends - amounts - np.repeat(before, lengths), np.repeat(totals, lengths)
+def _run_lengths(first: npt.NDArray[np.intp], count: int) -> I64:
+    """How long the runs are that begin at rows ``first`` of ``count``."""
+    return np.diff(np.append(first, count))
+
+
+def _before_in_run(first: npt.NDArray[np.intp], amounts: I64) -> I64:
+    """For each row, what came before it in its run; runs begin at rows ``first``."""
+    before: I64 = np.cumsum(amounts)
+    before -= amounts
+    before -= np.repeat(before.take(first), _run_lengths(first, len(amounts)))
+    return before
 
 
 def _header_bytes(tensors: TensorTable) -> I64:

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dcp_engine.errors import InvalidPlanError
-from dcp_engine.planning.arrays import all_rows, pad_columns, stable_order
+from dcp_engine.planning.arrays import (
+    all_rows,
+    pad_columns,
+    run_blocks,
+    segment_positions,
+    segment_starts,
+    stable_order,
+)
 from dcp_engine.planning.columns import I32, I64, NO_ALIAS, LocalPlan
 from dcp_engine.planning.divergence import format_ranks
 from dcp_engine.planning.merge import Merged
 
 __all__ = ["HeldBoxes", "describe_box", "unite_boxes"]
+
+S = TypeVar("S", bound=np.generic)
 
 _KEY_LIMIT = 1 << 62
 
@@ -39,7 +49,7 @@ class HeldBoxes:
     """(U, D)"""
     first: I64
     """(U,)"""
-    count: I64
+    count: I32
     """(U,)"""
     rank: I32
     """(H,)"""
@@ -53,24 +63,106 @@ def unite_boxes(locals_: Sequence[LocalPlan], merged: Merged) -> HeldBoxes:
     Raises ``InvalidPlanError(kind="plan_overlap")`` for a box outside its tensor, and for two
     that begin at one place and are not the same.
     """
-    shapes = merged.tensors.shapes
-    width = shapes.shape[1]
-    counts = [len(plan.chunks.tensor) for plan in locals_]
-    tensor = _join([r.take(p.chunks.tensor) for r, p in zip(merged.rows, locals_, strict=True)])
-    rank = np.repeat(np.arange(len(locals_), dtype=np.int32), counts)
-    source = _join([np.arange(count, dtype=np.int32) for count in counts])
-    offsets = np.concatenate([pad_columns(plan.chunks.offsets, width, 0) for plan in locals_])
-    sizes = np.concatenate([pad_columns(plan.chunks.sizes, width, 1) for plan in locals_])
-    _check_inside(merged, tensor, offsets, sizes, rank)
+    listed = _by_tensor(locals_, merged)
+    first = np.empty(len(listed.tensor), np.int64)
+    count = np.empty(len(listed.tensor), np.int32)
+    boxes = holders = 0
+    for block in run_blocks(listed.tensor):
+        part = _unite(merged, listed.at(block))
+        here = slice(boxes, boxes + len(part.tensor))
+        there = slice(holders, holders + len(part.rank))
+        boxes, holders = here.stop, there.stop
+        # In place: what is written lies before what is still to be read.
+        listed.tensor[here] = part.tensor
+        listed.offsets[here], listed.sizes[here] = part.offsets, part.sizes
+        listed.rank[there], listed.source[there] = part.rank, part.source
+        first[here], count[here] = part.first + there.start, part.count
+    return HeldBoxes(
+        tensor=_cut_off(listed.tensor, boxes),
+        offsets=_cut_off(listed.offsets, boxes),
+        sizes=_cut_off(listed.sizes, boxes),
+        first=_cut_off(first, boxes),
+        count=_cut_off(count, boxes),
+        rank=_cut_off(listed.rank, holders),
+        source=_cut_off(listed.source, holders),
+    )
 
-    order = stable_order(tensor)
+
+def _cut_off(column: npt.NDArray[S], length: int) -> npt.NDArray[S]:
+    """The first rows; in memory of their own where most of the column's would be of no use."""
+    return column[:length] if 2 * length > len(column) else column[:length].copy()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Listed:
+    """N boxes, each as often as ranks hold it."""
+
+    tensor: I32
+    offsets: I64
+    sizes: I64
+    rank: I32
+    source: I32
+
+    def at(self, rows: slice | npt.NDArray[np.intp]) -> _Listed:
+        return _Listed(
+            tensor=self.tensor[rows],
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+            rank=self.rank[rows],
+            source=self.source[rows],
+        )
+
+
+def _by_tensor(locals_: Sequence[LocalPlan], merged: Merged) -> _Listed:
+    """The boxes of all ranks, by tensor, then rank, then as the rank lists them: each is put where
+    it belongs, without a table in another order to begin with."""
+    table = merged.tensors
+    counts = np.zeros(len(table.names), np.int64)
+    for rows, plan in zip(merged.rows, locals_, strict=True):
+        np.add.at(counts, rows.take(plan.chunks.tensor), 1)
+    ends = np.cumsum(counts)
+    total, width = int(counts.sum()), table.shapes.shape[1]
+    listed = _Listed(
+        tensor=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        offsets=np.empty((total, width), np.int64),
+        sizes=np.empty((total, width), np.int64),
+        rank=np.empty(total, np.int32),
+        source=np.empty(total, np.int32),
+    )
+    free = ends - counts
+    for rank, (rows, plan) in enumerate(zip(merged.rows, locals_, strict=True)):
+        tensor = rows.take(plan.chunks.tensor)
+        place = free.take(tensor)
+        if not (tensor[1:] > tensor[:-1]).all():
+            place += _times_before(tensor)
+        free[tensor] = place + 1
+        listed.offsets[place] = pad_columns(plan.chunks.offsets, width, 0)
+        listed.sizes[place] = pad_columns(plan.chunks.sizes, width, 1)
+        listed.rank[place] = rank
+        listed.source[place] = np.arange(len(place))
+    return listed
+
+
+def _times_before(values: I32) -> I64:
+    """(N,) how often each value has come before."""
+    order = stable_order(values)
+    begins = segment_starts(values.take(order))
+    times = np.empty(len(values), np.int64)
+    times[order] = segment_positions(np.diff(np.append(begins, len(values))))
+    return times
+
+
+def _unite(merged: Merged, listed: _Listed) -> HeldBoxes:
+    """Unite the boxes of some tensors, sorted by tensor, then rank."""
+    _check_inside(merged, listed)
     if (merged.aliases != NO_ALIAS).any():
-        order = order[merged.aliases.take(tensor.take(order)) == NO_ALIAS]
-    position = _row_major(shapes.take(tensor, axis=0), offsets)
-    order = _by_position(order, tensor, position)
-    tensor, rank, source = tensor.take(order), rank.take(order), source.take(order)
-    position = position.take(order)
-    offsets, sizes = offsets.take(order, axis=0), sizes.take(order, axis=0)
+        listed = listed.at(np.flatnonzero(merged.aliases.take(listed.tensor) == NO_ALIAS))
+    position = _row_major(merged.tensors.shapes.take(listed.tensor, axis=0), listed.offsets)
+    order = _by_position(listed.tensor, position)
+    if order is not None:
+        listed, position = listed.at(order), position.take(order)
+    tensor, offsets, sizes = listed.tensor, listed.offsets, listed.sizes
+    rank, source = listed.rank, listed.source
 
     again = (tensor[1:] == tensor[:-1]) & (position[1:] == position[:-1])
     clash = again & ~all_rows(sizes[1:] == sizes[:-1])
@@ -96,7 +188,7 @@ def unite_boxes(locals_: Sequence[LocalPlan], merged: Merged) -> HeldBoxes:
         offsets=offsets.take(first, axis=0),
         sizes=sizes.take(first, axis=0),
         first=first,
-        count=np.diff(np.append(first, len(tensor))),
+        count=np.diff(np.append(first, len(tensor))).astype(np.int32),
         rank=rank,
         source=source,
     )
@@ -108,10 +200,6 @@ def describe_box(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -
     return "[" + ", ".join(f"{b}:{e}" for b, e in zip(offsets.tolist(), ends, strict=True)) + "]"
 
 
-def _join(arrays: Sequence[I32]) -> I32:
-    return np.concatenate([*arrays, np.zeros(0, dtype=np.int32)])
-
-
 def _row_major(shapes: I64, offsets: I64) -> I64:
     position = np.zeros(len(offsets), dtype=np.int64)
     for column in range(offsets.shape[1]):
@@ -120,23 +208,21 @@ def _row_major(shapes: I64, offsets: I64) -> I64:
     return position
 
 
-def _by_position(order: npt.NDArray[np.intp], tensor: I32, position: I64) -> npt.NDArray[np.intp]:
-    """Refine ``order`` (by tensor, then rank) to tensor, position, rank."""
-    sorted_tensor, sorted_position = tensor.take(order), position.take(order)
-    rising = (sorted_tensor[1:] > sorted_tensor[:-1]) | (
-        sorted_position[1:] >= sorted_position[:-1]
-    )
-    if rising.all():
-        return order
-    span = int(sorted_position.max()) + 1
-    if span * (int(sorted_tensor[-1]) + 1) < _KEY_LIMIT:
+def _by_position(tensor: I32, position: I64) -> npt.NDArray[np.intp] | None:
+    """The order that refines tensor, rank to tensor, position, rank; None if it is that already."""
+    falls = (position[1:] < position[:-1]) & (tensor[1:] == tensor[:-1])
+    if not falls.any():
+        return None
+    span = int(position.max()) + 1
+    if span * (int(tensor[-1] - tensor[0]) + 1) < _KEY_LIMIT:
         # One key; a merge sort, quick because each tensor is a few rising runs already.
-        key = sorted_tensor * np.int64(span) + sorted_position
-        return order.take(np.argsort(key, kind="stable"))
-    return order.take(np.lexsort((sorted_position, sorted_tensor)))
+        key = (tensor - tensor[0]) * np.int64(span) + position
+        return np.argsort(key, kind="stable")
+    return np.lexsort((position, tensor))
 
 
-def _check_inside(merged: Merged, tensor: I32, offsets: I64, sizes: I64, rank: I32) -> None:
+def _check_inside(merged: Merged, listed: _Listed) -> None:
+    tensor, offsets, sizes, rank = listed.tensor, listed.offsets, listed.sizes, listed.rank
     shapes = merged.tensors.shapes.take(tensor, axis=0)
     inside = all_rows((offsets >= 0) & (sizes >= 1) & (sizes <= shapes - offsets))
     if inside.all():

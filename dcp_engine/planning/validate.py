@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dcp_engine.errors import InvalidPlanError
 from dcp_engine.geometry.tiling import TilingFault, find_tiling_faults
+from dcp_engine.planning.arrays import run_blocks
 from dcp_engine.planning.columns import I32, I64, NO_ALIAS, TensorTable
 from dcp_engine.planning.divergence import format_ranks
 from dcp_engine.planning.unite import HeldBoxes, describe_box
@@ -56,24 +57,29 @@ def _tiled_slab_by_slab(shapes: I64, boxes: HeldBoxes) -> Bool:
     extents there must be the same; where not, the second must begin where the first ends.
     """
     result = np.zeros(len(shapes), dtype=np.bool_)
-    count = len(boxes.tensor)
-    if not count:
-        return result
-    extents = shapes.take(boxes.tensor, axis=0)
-    good = np.ones(count, dtype=np.bool_)
-    inside = boxes.tensor[1:] == boxes.tensor[:-1]  # both in one slab of the dimensions so far
+    for block in run_blocks(boxes.tensor):
+        tensor = boxes.tensor[block]
+        good = _in_slabs(shapes, tensor, boxes.offsets[block], boxes.sizes[block])
+        result[tensor] = True
+        result[tensor[~good]] = False
+    return result
+
+
+def _in_slabs(shapes: I64, tensor: I32, offsets: I64, sizes: I64) -> Bool:
+    """(N,) which boxes of some tensors go on where the box before them ends."""
+    extents = shapes.take(tensor, axis=0)
+    good = np.ones(len(tensor), dtype=np.bool_)
+    inside = tensor[1:] == tensor[:-1]  # both in one slab of the dimensions so far
     edge = np.ones(1, dtype=np.bool_)
     for d in range(shapes.shape[1]):
-        offset, size = boxes.offsets[:, d], boxes.sizes[:, d]
+        offset, size = offsets[:, d], sizes[:, d]
         end = offset + size
         good &= (offset == 0) | np.concatenate((~edge, inside))
         good &= (end == extents[:, d]) | np.concatenate((inside, ~edge))
         same = offset[1:] == offset[:-1]
         good[1:] &= ~inside | np.where(same, size[1:] == size[:-1], offset[1:] == end[:-1])
         inside &= same
-    result[boxes.tensor] = True
-    result[boxes.tensor[~good]] = False
-    return result
+    return good
 
 
 def _error(

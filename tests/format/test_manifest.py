@@ -20,7 +20,7 @@ from dcp_engine.errors import (
 )
 from dcp_engine.format.digest import xxh3_128_hex
 from dcp_engine.format.dtypes import DTYPES
-from dcp_engine.format.json_columns import encode_column, expand_column
+from dcp_engine.format.json_columns import encode_column, encode_fields, expand_column
 from dcp_engine.format.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -31,6 +31,12 @@ from dcp_engine.format.manifest import (
 from tests.format.builders import SAVE_ID, Content, Row, body_of, files, full_content, section
 
 SETTINGS = settings(max_examples=60, deadline=None)
+
+
+def test_fields_are_values_and_lists_of_values() -> None:
+    assert encode_fields({}) == b"{}"
+    fields = {"a": b"1", "b": [b"2", b"[3]"], "c": [], "d": [b"4"]}
+    assert encode_fields(fields) == b'{"a":1,"b":[2,[3]],"c":[],"d":[4]}'
 
 
 def test_everything_comes_back() -> None:

@@ -331,7 +331,7 @@ def local_plan(data: st.DataObject) -> tuple[int, Run]:
     def run() -> None:
         plans = decode_local_plans([encode_local_plan(_plans()[0]), hostile])
         plan = make_global_plan(plans, coordinator_rank=0)
-        assignments(plan, plans)
+        list(assignments(plan, plans))
 
     return len(hostile), run
 
@@ -382,7 +382,9 @@ def _interests() -> Interests:
 
 def shared_reads(data: st.DataObject) -> tuple[int, Run]:
     interests = _interests()
-    shares = plan_shared_reads([interests] * 2, block_size=65536, slab_bytes=1 << 20)
+    shares = plan_shared_reads(
+        [interests] * 2, block_size=65536, slab_bytes=1 << 20, round_bytes=64 << 20
+    )
     kind = data.draw(st.sampled_from(["interests", "share"]))
     good = encode_interests(interests) if kind == "interests" else encode_share(shares[1])
     if data.draw(st.integers(0, 3)) == 0:

@@ -15,6 +15,7 @@ from msgspec import structs
 
 from dcp_engine.errors import InvalidPlanError, UsageError
 from dcp_engine.format.dtypes import info
+from dcp_engine.planning import arrays
 from dcp_engine.planning.balance import BalanceOptions
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
 from dcp_engine.planning.global_plan import assignments, make_global_plan, make_own_plan
@@ -92,7 +93,7 @@ def check(
     split: bool = True,
 ) -> None:
     sources = [source(values, rank) for rank, values in enumerate(ranks)]
-    parts = assignments(plan, [own.plan for own in sources])
+    parts = list(assignments(plan, [own.plan for own in sources]))
     files = written_bytes(sources, parts)
     table, chunks = plan.tensors, plan.chunks
     assert list(zip(table.names, table.owners.tolist(), strict=True)) == expected.names
@@ -221,6 +222,28 @@ def test_same_input_same_plan(ranks: list[list[Value]]) -> None:
     assert first.objects.names == again.objects.names
 
 
+@settings(max_examples=60, deadline=None)
+@given(states(), st.integers(1, 9), st.integers(1, 3))
+def test_blocks_of_rows_make_no_difference(
+    ranks: list[list[Value]], rows: int, files_per_rank: int
+) -> None:
+    plans = local_plans(ranks)
+
+    def columns() -> list[np.ndarray]:
+        plan = make_global_plan(
+            plans, coordinator_rank=0, files_per_rank=files_per_rank, balance=TINY
+        )
+        return [*vars(plan.chunks).values(), *vars(plan.files).values()]
+
+    whole = columns()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "_BLOCK", rows)
+        in_blocks = columns()
+    for one, other in zip(whole, in_blocks, strict=True):
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
+
+
 def test_divergence_names_tensor_and_the_ranks_of_each_variant() -> None:
     ranks = [[replicated("w", (2,))], [replicated("w", (3,))], [replicated("w", (2,))]]
     with pytest.raises(InvalidPlanError) as caught:
@@ -302,7 +325,7 @@ def test_objects_only_and_nothing_at_all() -> None:
     assert plan.objects.owners.tolist() == [1, 1]
     assert len(plan.files.rank) == 0
     empty = make_global_plan(local_plans([[], []]), coordinator_rank=0)
-    assert assignments(empty, local_plans([[], []]))[1].objects == ()
+    assert [part.objects for part in assignments(empty, local_plans([[], []]))] == [(), ()]
 
 
 def test_aliases_hold_only_where_all_ranks_that_can_tell_agree() -> None:
@@ -352,7 +375,7 @@ def test_files_split_by_bytes_and_elements_fall() -> None:
     ]
     plans = local_plans([values])
     plan = make_global_plan(plans, coordinator_rank=0, files_per_rank=2)
-    mine = assignments(plan, plans)[0]
+    mine = next(assignments(plan, plans))
     assert [source(values).names[i] for i in mine.source] == ["doubles", "floats", "more", "bytes"]
     assert mine.file.tolist() == [0, 1, 1, 1]
     assert mine.start.tolist() == [0, 0, 256, 512]

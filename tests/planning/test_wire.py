@@ -120,7 +120,7 @@ def test_damage_is_refused_or_still_a_valid_plan(data: st.DataObject) -> None:
 def test_an_assignment_for_another_plan_is_refused() -> None:
     big: list[Value] = [replicated(f"t{i}", (4, 4)) for i in range(5)]
     plans = local_plans([big])
-    mine = assignments(make_global_plan(plans, coordinator_rank=0), plans)[0]
+    mine = next(assignments(make_global_plan(plans, coordinator_rank=0), plans))
     data = encode_assignment(mine, plans[0])
     with pytest.raises(CoordinationError, match="does not fit"):
         decode_assignment(data, source([replicated("t0", (4, 4))]).plan)

@@ -68,7 +68,7 @@ def test_values_of_a_rank_that_cannot_be(owner: int) -> None:
 def test_an_assigned_box_outside_the_tensor(within: int, size: int) -> None:
     """Also where begin and size add up to a number that wraps."""
     plans = local_plans([[replicated("w", (4,))]])
-    mine = assignments(make_global_plan(plans, coordinator_rank=0), plans)[0]
+    mine = next(assignments(make_global_plan(plans, coordinator_rank=0), plans))
     frame = msgspec.msgpack.decode(encode_assignment(mine, plans[0]))
     good = unpack(msgspec.convert(frame[1], Packed, strict=False), 6)
     columns = [*good[:3], np.array([0]), np.array([within]), np.array([size])]
