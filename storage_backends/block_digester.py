@@ -11,7 +11,7 @@ import xxhash
 
 from dcp_engine.format.digest import block_digests, digest_value
 
-__all__ = ["BlockDigester"]
+__all__ = ["BlockDigester", "digests_around"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -66,3 +66,30 @@ class BlockDigester:
         self._done += 1
         self._partial.reset()
         self._filled = 0
+
+
+def digests_around(
+    before: memoryview, view: memoryview, behind: memoryview, block_size: int
+) -> list[int]:
+    """The digests of the blocks of three stretches that follow each other; the outer two, each
+    shorter than a block, may be empty."""
+    made: list[int] = []
+    at = 0
+    nbytes = view.nbytes
+    if before:
+        at = min(block_size - before.nbytes, nbytes)
+        first = xxhash.xxh3_64(before)
+        first.update(view[:at])
+        if at == nbytes and before.nbytes + at < block_size:
+            first.update(behind)
+            return [first.intdigest()]
+        made.append(first.intdigest())
+    stop = nbytes - (nbytes - at) % block_size
+    made += [
+        digest_value(view[begin : begin + block_size]) for begin in range(at, stop, block_size)
+    ]
+    if stop < nbytes or behind:
+        last = xxhash.xxh3_64(view[stop:])
+        last.update(behind)
+        made.append(last.intdigest())
+    return made

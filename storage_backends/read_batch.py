@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import zip_longest
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -16,20 +17,21 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from dcp_engine.format.digest import block_count, block_digests, digest_value
+from dcp_engine.format.digest import digest_value
 from dcp_engine.geometry.runs import Runs
 from dcp_engine.storage import Check, ReadRange
-from storage_backends.block_digester import BlockDigester
+from storage_backends.block_digester import digests_around
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.large_blocks import BlockPart
 from storage_backends.tensor_bytes import box_of, copy_box, memory_of
 
-__all__ = ["READ_RANGES", "Batch", "Scratch", "Transfer", "Wanted"]
+__all__ = ["READ_RANGES", "Batch", "Scratch", "Wanted"]
 
 U64 = npt.NDArray[np.uint64]
 
 READ_RANGES = 1024
 """Ranges per read: what ``preadv`` takes."""
+_NOTHING = memoryview(b"")
 
 
 class Wanted(NamedTuple):
@@ -54,17 +56,6 @@ class Wanted(NamedTuple):
     """Where the box begins in the chunk, in bytes, if it is one run of them; else -1."""
 
 
-class Transfer(NamedTuple):
-    """Bytes ``begin`` to ``end`` of a chunk, from one run or from several."""
-
-    wanted: Wanted
-    begin: int
-    end: int
-    direct: memoryview | None
-    """Where the bytes belong; None: through scratch memory into ``box``."""
-    box: torch.Tensor
-
-
 class Scratch:
     """Memory that a thread uses again and again.
 
@@ -75,19 +66,28 @@ class Scratch:
     def __init__(self, size: int) -> None:
         self._size = size
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._view = memory_of(self._memory)
         self._used = 0
 
-    def take(self, nbytes: int) -> torch.Tensor | None:
-        """``nbytes`` that nobody else has, or None if the rest is too little."""
-        if self._used + nbytes > self._memory.numel():
-            if self._used:
+    def take(self, nbytes: int) -> int | None:
+        """The begin of ``nbytes`` that nobody else has, or None if the rest is too little."""
+        begin = self._used
+        if begin + nbytes > self._view.nbytes:
+            if begin:
                 return None
             # The largest part, with a block to either side.
             self._memory = torch.empty(max(nbytes, self._size), dtype=torch.uint8)
-        begin = self._used
+            self._view = memory_of(self._memory)
         # Elements of every size stay aligned.
         self._used += -(-nbytes // 64) * 64
+        return begin
+
+    def tensor(self, begin: int, nbytes: int) -> torch.Tensor:
+        """(nbytes,) uint8"""
         return self._memory[begin : begin + nbytes]
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        return self._view[begin : begin + nbytes]
 
     def release(self) -> None:
         """All of it is free again."""
@@ -110,7 +110,7 @@ class Batch:
         self._files = files
         self._file = files.manifest.data_files[file]
         self._path = files.path(self._file.name)
-        self._block_size = files.manifest.block_size
+        self.block_size = files.manifest.block_size
         self._check = check
         self._read_bytes = read_bytes
         self._scratch = scratch
@@ -119,7 +119,7 @@ class Batch:
         self._read_file: Callable[[Sequence[ReadRange]], None] | None = None
         self._ranges: list[ReadRange] = []
         self._held = 0
-        self._checks: list[tuple[Wanted, int, Sequence[memoryview]]] = []
+        self._checks: list[tuple[Wanted, int, memoryview, memoryview, memoryview]] = []
         self._copies: list[Callable[[], None]] = []
         self._names: list[str] = []
         self.bytes_read = 0
@@ -135,21 +135,57 @@ class Batch:
     ) -> None:
         self._open.close()
 
-    def add(self, transfer: Transfer) -> None:
-        """Read ``transfer`` with this batch or the next one."""
-        wanted, begin, end, view, box = transfer
+    def add_run(self, wanted: Wanted, begin: int, end: int, view: memoryview) -> None:
+        """Read bytes ``begin`` to ``end`` of the chunk into ``view``."""
+        if wanted.digests is None:
+            self._ranges.append(ReadRange(self._file.data_start + wanted.start + begin, view))
+            self._end(wanted.name, end - begin)
+            return
+        low, high = self._widened(wanted, begin, end)
+        at, ranges = self._file.data_start + wanted.start + low, self._ranges
+        if high - low == end - begin:
+            ranges.append(ReadRange(at, view))
+            self._checks.append((wanted, low, _NOTHING, view, _NOTHING))
+            self._end(wanted.name, high - low)
+            return
+        # It ends inside blocks: its edges go through scratch memory beside it.
+        margin = begin - low
+        place = self._take(margin + high - end)
+        ranges = self._ranges
+        before = self._scratch.view(place, margin)
+        behind = self._scratch.view(place + margin, high - end)
+        if margin:
+            ranges.append(ReadRange(at, before))
+        ranges.append(ReadRange(at + margin, view))
+        if high > end:
+            ranges.append(ReadRange(at + end - low, behind))
+        self._checks.append((wanted, low, before, view, behind))
+        self._end(wanted.name, high - low)
+
+    def add_box(self, wanted: Wanted, begin: int, end: int, box: torch.Tensor) -> None:
+        """Read bytes ``begin`` to ``end`` of the chunk, which hold ``box`` and what lies between
+        its runs, and copy it from there."""
         low, high = begin, end
         if wanted.digests is not None:
-            size = self._block_size
-            low = begin - begin % size
-            high = min(-(-end // size) * size, wanted.nbytes)
-        if view is None:
-            self._add_strided(wanted, begin, low, high, box)
-        elif low == begin and high == end:
-            self._read(wanted, low, view)
-            self._checks.append((wanted, low, [view]))
-        else:
-            self._add_widened(wanted, begin, end, low, high, view)
+            low, high = self._widened(wanted, begin, end)
+        place = self._take(high - low)
+        view, held = self._scratch.view(place, high - low), self._scratch.tensor(place, high - low)
+        self._ranges.append(ReadRange(self._file.data_start + wanted.start + low, view))
+        if wanted.digests is not None:
+            self._checks.append((wanted, low, _NOTHING, view, _NOTHING))
+        strides = _strides(wanted.sizes)
+        self._copies.append(lambda: copy_box(held, begin - low, strides, box))
+        self._end(wanted.name, high - low)
+
+    def _widened(self, wanted: Wanted, begin: int, end: int) -> tuple[int, int]:
+        """To whole blocks."""
+        size = self.block_size
+        return begin - begin % size, min(-(-end // size) * size, wanted.nbytes)
+
+    def _end(self, name: str, nbytes: int) -> None:
+        """So many bytes were added."""
+        self._names.append(name)
+        self._held += nbytes
         if self._held >= self._read_bytes or len(self._ranges) >= READ_RANGES:
             self.flush()
 
@@ -162,10 +198,7 @@ class Batch:
             places = range(first * length, (first + len(begins)) * length, length)
             parts = [view[place : place + length] for place in places]
             self._ranges += map(ReadRange, begins, parts)
-            self._names.append(wanted.name)
-            self._held += len(begins) * length
-            if self._held >= self._read_bytes or len(self._ranges) >= READ_RANGES:
-                self.flush()
+            self._end(wanted.name, len(begins) * length)
 
     def add_block(self, wanted: Wanted, parts: Sequence[BlockPart]) -> None:
         """Read one block of a chunk part by part, into place and into the digest; the block is
@@ -175,61 +208,30 @@ class Batch:
             raise ValueError("a chunk that is not checked has no blocks")
         digest = xxhash.xxh3_64()
         base = self._file.data_start + wanted.start
-        for begin, end, view, boxes in parts:
-            scratch = None if view is not None else self._take(end - begin)
-            if scratch is not None:
-                view = memory_of(scratch)
-            if view is not None:
-                self._request([ReadRange(base + begin, view)], wanted.name)
-                digest.update(view)
-                self.bytes_read += view.nbytes
-            if scratch is not None:
-                for offsets, lengths, first in boxes:
-                    box = box_of(wanted.tensor, offsets, lengths)
-                    copy_box(scratch, first, _strides(wanted.sizes), box)
-                self._scratch.release()
-        block = parts[0].begin // self._block_size
+        strides = _strides(wanted.sizes)
+        for begin, end, target, boxes in parts:
+            nbytes = end - begin
+            place = 0 if target is not None else self._take(nbytes)
+            view = target if target is not None else self._scratch.view(place, nbytes)
+            self._request([ReadRange(base + begin, view)], wanted.name)
+            self.bytes_read += nbytes
+            digest.update(view)
+            for offsets, lengths, first in boxes:
+                box = box_of(wanted.tensor, offsets, lengths)
+                copy_box(self._scratch.tensor(place, nbytes), first, strides, box)
+            self._scratch.release()
+        block = parts[0].begin // self.block_size
         if digest.intdigest() != int(wanted.digests[block]):
             self._refuse(wanted, block)
 
-    def _add_strided(
-        self, wanted: Wanted, begin: int, low: int, high: int, box: torch.Tensor
-    ) -> None:
-        scratch = self._take(high - low)
-        view = memory_of(scratch)
-        self._read(wanted, low, view)
-        self._checks.append((wanted, low, [view]))
-        strides = _strides(wanted.sizes)
-        self._copies.append(lambda: copy_box(scratch, begin - low, strides, box))
-
-    def _add_widened(
-        self, wanted: Wanted, begin: int, end: int, low: int, high: int, view: memoryview
-    ) -> None:
-        """A run that ends inside blocks: its edges go through scratch memory beside it."""
-        head = self._take(begin - low + high - end)
-        edges = memory_of(head)
-        before, behind = edges[: begin - low], edges[begin - low :]
-        parts = [part for part in (before, view, behind) if part.nbytes]
-        at = low
-        for part in parts:
-            self._read(wanted, at, part)
-            at += part.nbytes
-        self._checks.append((wanted, low, parts))
-
-    def _take(self, nbytes: int) -> torch.Tensor:
-        scratch = self._scratch.take(nbytes)
-        if scratch is None:
+    def _take(self, nbytes: int) -> int:
+        place = self._scratch.take(nbytes)
+        if place is None:
             self.flush()
-            scratch = self._scratch.take(nbytes)
-        if scratch is None:
+            place = self._scratch.take(nbytes)
+        if place is None:
             raise MemoryError(f"no scratch memory of {nbytes} bytes")
-        return scratch
-
-    def _read(self, wanted: Wanted, begin: int, view: memoryview) -> None:
-        offset = self._file.data_start + wanted.start + begin
-        self._ranges.append(ReadRange(offset, view))
-        self._names.append(wanted.name)
-        self._held += view.nbytes
+        return place
 
     def flush(self) -> None:
         """Read, check and copy what was collected."""
@@ -239,9 +241,8 @@ class Batch:
         tensor = self._names[0] if self._names.count(self._names[0]) == len(self._names) else None
         self._request(self._ranges, tensor)
         self.bytes_read += self._held
-        for wanted, begin, parts in self._checks:
-            if wanted.digests is not None:
-                self._compare(wanted, begin, parts)
+        for check in self._checks:
+            self._compare(*check)
         for copy in self._copies:
             copy()
         self._ranges, self._held = [], 0
@@ -255,23 +256,27 @@ class Batch:
                 self._read_file = self._open.enter_context(self._files.store.opened(self._path))
             self._read_file(ranges)
 
-    def _compare(self, wanted: Wanted, begin: int, parts: Sequence[memoryview]) -> None:
-        """Check consecutive ``parts`` from byte ``begin``, a block border, of the chunk."""
+    def _compare(
+        self, wanted: Wanted, begin: int, before: memoryview, view: memoryview, behind: memoryview
+    ) -> None:
+        """Check three stretches that follow each other from byte ``begin``, a block border, of the
+        chunk."""
         if wanted.digests is None:
             return
-        first = begin // self._block_size
-        if len(parts) == 1 and parts[0].nbytes <= self._block_size:
-            if digest_value(parts[0]) != int(wanted.digests[first]):
+        first = begin // self.block_size
+        if not before and not behind and view.nbytes <= self.block_size:
+            if digest_value(view) != int(wanted.digests[first]):
                 self._refuse(wanted, first)
             return
-        made = _digests_over(parts, self._block_size)
-        expected = wanted.digests[first : first + len(made)]
-        if len(made) != len(expected) or not (made == expected).all():
-            self._refuse(wanted, first + int(np.flatnonzero(made != expected)[0]))
+        made = digests_around(before, view, behind, self.block_size)
+        expected = wanted.digests[first : first + len(made)].tolist()
+        if made != expected:
+            pairs = zip_longest(made, expected)
+            self._refuse(wanted, first + next(n for n, (a, b) in enumerate(pairs) if a != b))
 
     def _refuse(self, wanted: Wanted, block: int) -> None:
-        begin = block * self._block_size
-        end = min(begin + self._block_size, wanted.nbytes)
+        begin = block * self.block_size
+        end = min(begin + self.block_size, wanted.nbytes)
         base = self._file.data_start + wanted.start
         raise self._files.damaged(self._file, base + begin, base + end, wanted.name)
 
@@ -282,15 +287,3 @@ def _strides(sizes: Sequence[int]) -> list[int]:
     for d in range(len(sizes) - 2, -1, -1):
         strides[d] = strides[d + 1] * sizes[d + 1]
     return strides
-
-
-def _digests_over(parts: Sequence[memoryview], block_size: int) -> U64:
-    """``block_digests`` of ``parts`` as if they were joined."""
-    if len(parts) == 1:
-        return block_digests(parts[0], block_size)
-    made = np.empty(block_count(sum(part.nbytes for part in parts), block_size), np.uint64)
-    digester = BlockDigester(made, block_size)
-    for part in parts:
-        digester.update(part)
-    digester.finish()
-    return made

@@ -19,9 +19,9 @@ from dcp_engine.storage import Check
 from storage_backends.checkpoint_files import CheckpointFiles
 from storage_backends.jobs import run_jobs
 from storage_backends.large_blocks import MAX_WHOLE, BlockPart, parts_of_box, parts_of_run
-from storage_backends.read_batch import Batch, Scratch, Transfer, Wanted
+from storage_backends.read_batch import Batch, Scratch, Wanted
 from storage_backends.read_plan import BoxCutter
-from storage_backends.tensor_bytes import memory_of
+from storage_backends.tensor_bytes import MemoryViews, box_of, has_viewable_memory, memory_of
 
 __all__ = ["read_wanted"]
 
@@ -42,7 +42,9 @@ MIN_REQUEST = 256 << 10
 THREADS_PER_REQUEST = 2
 """Of a store that is slow to begin: one waits for an answer, one checks the answer before."""
 JOB_BYTES = 64 << 20
-"""What one of several threads reads before it takes the next job."""
+"""What one of several threads reads, about, before it takes the next job."""
+MIN_JOB = 8 << 20
+"""Bytes that are worth a thread: they take a millisecond or two."""
 
 
 class _Source(NamedTuple):
@@ -74,6 +76,7 @@ def read_wanted(
 
     def run(job: _Job, job_check: Check) -> None:
         scratch = idle.pop() if idle else Scratch(MAX_SPAN)
+        memory = MemoryViews()
         with Batch(files, job.file, job_check, read_bytes, scratch, requests) as batch:
             for source in job.sources:
                 if block_size > MAX_WHOLE and source.wanted.digests is not None:
@@ -84,8 +87,7 @@ def read_wanted(
                 if runs is not None:
                     batch.add_runs(source.wanted, runs)
                     continue
-                for transfer in _transfers(source, block_size, cut_bytes):
-                    batch.add(transfer)
+                _add(batch, source, memory, cut_bytes // block_size * block_size or block_size)
             batch.flush()
             counts.append(batch.bytes_read)
         idle.append(scratch)
@@ -94,12 +96,14 @@ def read_wanted(
     block_size = files.manifest.block_size
     cut_bytes = READ_BYTES if files.verify_digests else UNCHECKED_BYTES
     slow = files.store.preferred_read > READ_BYTES
+    nbytes = sum(row.tensor.nbytes for row in wanted)
     if slow:
-        job_bytes = _even_share(sum(row.tensor.nbytes for row in wanted), threads, files)
+        preferred = files.store.preferred_read
+        job_bytes = max(_even_share(nbytes, threads, preferred, block_size), MIN_REQUEST)
     elif threads > 1:
-        job_bytes = JOB_BYTES
+        job_bytes = max(_even_share(nbytes, threads, JOB_BYTES, block_size), MIN_JOB)
     else:  # a file opened once is read ahead without a break
-        job_bytes = max(JOB_BYTES, sum(row.tensor.nbytes for row in wanted))
+        job_bytes = max(JOB_BYTES, nbytes)
     read_bytes = job_bytes if slow else cut_bytes
     span = MAX_SPAN if slow else READ_BYTES
     # While one thread checks what came, another one has its place at the store.
@@ -109,13 +113,11 @@ def read_wanted(
     return sum(counts)
 
 
-def _even_share(nbytes: int, threads: int, files: CheckpointFiles) -> int:
-    """Bytes of a job that is one request, so that all threads have as many jobs, about the size
-    that the store prefers: with jobs of just that size, most would wait for the last few."""
-    rounds = max(1, round(nbytes / (threads * files.store.preferred_read)))
-    block_size = files.manifest.block_size
-    share = -(-nbytes // (threads * rounds * block_size)) * block_size
-    return max(share, MIN_REQUEST)
+def _even_share(nbytes: int, threads: int, preferred: int, block_size: int) -> int:
+    """About ``preferred`` bytes for a job, so that all threads have as many jobs: with jobs of
+    just that size, most would wait for the last few."""
+    rounds = max(1, round(nbytes / (threads * preferred)))
+    return -(-nbytes // (threads * rounds * block_size)) * block_size
 
 
 def _jobs(wanted: Sequence[Wanted], job_bytes: int, block_size: int) -> Iterator[_Job]:
@@ -129,7 +131,7 @@ def _jobs(wanted: Sequence[Wanted], job_bytes: int, block_size: int) -> Iterator
             sources, held = [], 0
         file = row.file
         nbytes = row.tensor.nbytes
-        if row.run < 0 or not (row.tensor.is_contiguous() and _is_readable(row.tensor)):
+        if row.run < 0 or not has_viewable_memory(row.tensor):
             sources.append(_Source(row, 0, 0, False))
             held += nbytes
             continue
@@ -154,7 +156,7 @@ def _jobs(wanted: Sequence[Wanted], job_bytes: int, block_size: int) -> Iterator
 
 def _is_readable(tensor: torch.Tensor) -> bool:
     """Whether stored bytes can be read into the tensor's memory as they are."""
-    return tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _border(position: int, block_size: int) -> int:
@@ -166,7 +168,7 @@ def _runs_apart(wanted: Wanted) -> Runs | None:
     """The runs of a box that are read one by one, if that is better than with what lies between
     them."""
     tensor = wanted.tensor
-    if wanted.digests is not None or not (tensor.is_contiguous() and _is_readable(tensor)):
+    if wanted.digests is not None or not has_viewable_memory(tensor):
         return None
     runs = box_runs(wanted.sizes, wanted.within, wanted.lengths, tensor.element_size())
     # The gaps of the innermost step are the smallest.
@@ -175,45 +177,41 @@ def _runs_apart(wanted: Wanted) -> Runs | None:
     return runs
 
 
-def _transfers(source: _Source, block_size: int, cut_bytes: int) -> Iterator[Transfer]:
+def _add(batch: Batch, source: _Source, memory: MemoryViews, step: int) -> None:
+    """Have ``batch`` read the source, what is one run in pieces of ``step`` bytes."""
     wanted = source.wanted
     tensor = wanted.tensor
     if source.is_run:
-        view = memory_of(tensor)
+        view = memory.of(tensor, tensor.nbytes)
         if source.end - source.begin < view.nbytes:
             view = view[source.begin - wanted.run : source.end - wanted.run]
-        step = max(cut_bytes // block_size, 1) * block_size
-        yield from _direct(wanted, source.begin, source.end, view, tensor, step)
+        _add_run(batch, wanted, source.begin, source.end, view, step)
         return
     # Runs that share a block would each be widened to it, and read it once more.
-    max_gap = MAX_GAP if wanted.digests is None else max(MAX_GAP, block_size)
+    max_gap = MAX_GAP if wanted.digests is None else max(MAX_GAP, batch.block_size)
     cutter = BoxCutter(max_span=MAX_SPAN, max_gap=max_gap)
     strides = tensor.stride() if _is_readable(tensor) else None
     for part in cutter.cut(
         wanted.sizes, wanted.within, wanted.lengths, tensor.element_size(), strides
     ):
-        box = tensor
-        for d, (begin, length) in enumerate(zip(part.begin, part.lengths, strict=True)):
-            if length != box.shape[d]:
-                box = box.narrow(d, begin, length)
+        box = box_of(tensor, part.begin, part.lengths)
         if part.direct:
-            step = max(cut_bytes // block_size, 1) * block_size
-            yield from _direct(wanted, part.first, part.end, memory_of(box), box, step)
+            _add_run(batch, wanted, part.first, part.end, memory_of(box), step)
         else:
-            yield Transfer(wanted, part.first, part.end, None, box)
+            batch.add_box(wanted, part.first, part.end, box)
 
 
-def _direct(
-    wanted: Wanted, begin: int, end: int, view: memoryview, box: torch.Tensor, step: int
-) -> Iterator[Transfer]:
+def _add_run(
+    batch: Batch, wanted: Wanted, begin: int, end: int, view: memoryview, step: int
+) -> None:
     """One run, cut at multiples of ``step`` bytes, which are block borders."""
     if end - begin <= step:
-        yield Transfer(wanted, begin, end, view, box)
+        batch.add_run(wanted, begin, end, view)
         return
     at = begin
     while at < end:
         to = min(end, (at // step + 1) * step)
-        yield Transfer(wanted, at, to, view[at - begin : to - begin], box)
+        batch.add_run(wanted, at, to, view[at - begin : to - begin])
         at = to
 
 

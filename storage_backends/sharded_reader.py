@@ -55,7 +55,8 @@ _LIFE_CYCLE = (
     "read_data",
 )
 INFLIGHT_PER_THREAD = 32 << 20
-"""Bytes of scratch memory that one thread may hold, generously."""
+"""Bytes of scratch memory that one thread may hold, generously; of a store that is slow to begin,
+the two threads of a request."""
 
 
 def _nothing_to_check() -> None:

@@ -1,9 +1,9 @@
 """Which manifest all ranks load by, and how each of them comes to it.
 
-Steps: ``metadata`` (all ranks read the manifest, and the coordinator publishes which one it is) and
-``manifest`` (a rank that has read another one, or none, looks for that manifest on the medium; for
-those that do not come to see it, the coordinator looks once more and hands it over). Does not
-belong here: reading and decoding (the reader does).
+Steps: ``metadata`` (all ranks read the manifest, and the coordinator publishes which one it read)
+and, only where some rank has read another one, or none, ``manifest`` (that rank looks for the
+coordinator's on the medium; for those that do not come to see it, the coordinator looks once more
+and hands it over). Does not belong here: reading and decoding (the reader does).
 
 On a network file system a rank may see the previous manifest, or none, for a while: NFS clients
 cache attributes and absent names for up to a minute.
@@ -52,6 +52,14 @@ _NOT_IN_SIGHT = frozenset(
 """Kinds of what a rank meets that sees an older state of the medium than the coordinator."""
 
 
+class _Announced(msgspec.Struct, frozen=True, array_like=True):
+    """What the coordinator publishes."""
+
+    record: CommitRecord
+    by_all: bool
+    """All ranks have read that one."""
+
+
 class AgreedManifest:
     """The outcome on one rank: which manifest, and the way to open it here."""
 
@@ -67,13 +75,13 @@ class AgreedManifest:
 def agree_on_manifest(
     operation: Operation, reader: ColumnarReader, checkpoint_id: str | None
 ) -> AgreedManifest:
-    """Run the two steps on this rank.
+    """Run the steps on this rank.
 
     Raises ``CheckpointException`` on all ranks: kind ``superseded`` if the manifest was replaced
     between the steps, ``io_error`` if some rank cannot see it and it is too large to hand over.
     """
-    opened: list[Manifest] = []
-    ahead: list[tuple[Manifest, CommitRecord] | CheckpointError] = []
+    opened: list[tuple[Manifest, CommitRecord]] = []
+    failed: list[CheckpointError] = []
 
     def here() -> AbstractContextManager[None]:
         return located(checkpoint=reader.checkpoint, rank=operation.rank)
@@ -81,37 +89,39 @@ def agree_on_manifest(
     def announce() -> bytes:
         with here():
             reader.reset(checkpoint_id)
-            if not operation.is_coordinator:
-                # While the coordinator reads, so does this rank: nearly always they find the same.
-                try:
-                    ahead.append(reader.open_checkpoint(checkpoint_id))
-                except CheckpointError as error:
-                    ahead.append(error)  # counts only if the coordinator finds one
+            # While the coordinator reads, so do all others: nearly always they find the same.
+            try:
+                opened.append(reader.open_checkpoint(checkpoint_id))
+            except CheckpointError as error:
+                if operation.is_coordinator:
+                    raise
+                failed.append(error)  # counts only if the coordinator finds one
                 return b""
-            manifest, record = reader.open_checkpoint(checkpoint_id)
-            opened.append(manifest)
-            return msgspec.msgpack.encode(record)
+            return msgspec.msgpack.encode(opened[0][1])
 
-    common, _ = operation.step(
-        "metadata",
-        announce,
-        lambda messages: Decision(common=messages[operation.coordinator_rank]),
-    )
-    record = msgspec.msgpack.decode(common, type=CommitRecord)
+    def publish(messages: list[bytes]) -> Decision:
+        found = messages[operation.coordinator_rank]
+        record = msgspec.msgpack.decode(found, type=CommitRecord)
+        by_all = all(message == found for message in messages)
+        return Decision(common=msgspec.msgpack.encode(_Announced(record=record, by_all=by_all)))
+
+    announced, _ = operation.step("metadata", announce, publish)
+    word = msgspec.msgpack.decode(announced, type=_Announced)
+    record = word.record
+    if word.by_all:
+        return AgreedManifest(record, lambda: opened[0][0])
 
     def look() -> bytes:
-        first = ahead.pop() if ahead else None
-        if isinstance(first, CheckpointError) and not _is_out_of_sight(first):
+        if failed and not _is_out_of_sight(failed[0]):
             with here():
-                raise first
-        if isinstance(first, tuple) and first[1] == record:
-            opened.append(first[0])
-        if opened:
+                raise failed[0]
+        if opened and opened[0][1] == record:
             return b""
+        opened.clear()
         with here():
             found = look_for_manifest(operation, reader, checkpoint_id, record)
         if isinstance(found, Manifest):
-            opened.append(found)
+            opened.append((found, record))
             return b""
         return f"{found.kind}: {found.message}".encode()
 
@@ -124,7 +134,7 @@ def agree_on_manifest(
 
     def open_here() -> Manifest:
         if opened:
-            return opened[0]
+            return opened[0][0]
         return reader.adopt_manifest(checkpoint_id, own or common, record)
 
     return AgreedManifest(record, open_here)

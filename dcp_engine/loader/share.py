@@ -102,6 +102,7 @@ def agree_on_share(
             [decode_interests(message) for message in messages],
             block_size=manifest.block_size,
             slab_bytes=slab_bytes,
+            round_bytes=BUDGET_BYTES // 2,  # two rounds at a time
         )
         if not any(len(share.rows) for share in shares):
             return Decision(common=_NOTHING)

@@ -11,7 +11,7 @@ every run. Does not belong here: messages (``shared_wire``), reading and sending
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dcp_engine.geometry.row_major import elements_before
 from dcp_engine.planning.arrays import pad_columns, row_products, segment_positions
 from dcp_engine.planning.columns import LoadColumns
+from dcp_engine.planning.shared_rounds import ALONE, Pieces, in_order, within_limit
 
 __all__ = [
     "ALONE",
@@ -32,9 +33,6 @@ __all__ = [
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
-
-ALONE = -1
-"""The round of a slab that only its reader needs."""
 
 MAX_EXCESS = 1.02
 """Chunks of which the ranks would read at most so many times the bytes they need are not handed
@@ -119,9 +117,9 @@ def slab_bytes_for(*, world_size: int, block_size: int, budget: int) -> int:
 
 
 def plan_shared_reads(
-    interests: Sequence[Interests], *, block_size: int, slab_bytes: int
+    interests: Sequence[Interests], *, block_size: int, slab_bytes: int, round_bytes: int
 ) -> list[RankShare]:
-    """Every rank's part.
+    """Every rank's part. Nothing is handed on where that would take too much memory.
 
     Args:
         interests: by rank.
@@ -129,6 +127,8 @@ def plan_shared_reads(
         slab_bytes: the most bytes of a slab, a multiple of ``block_size``; a rank reads at most
             twice as much in a round. Where there is little to read, slabs are smaller, so that
             each rank gets its part.
+        round_bytes: what a rank may hold for a round: its slabs, packed pieces of them and what
+            others send.
     """
     every = _Table.of(interests)
     table = _several(every, block_size)
@@ -136,12 +136,30 @@ def plan_shared_reads(
     shared = _worth_sharing(table, spans)
     table, spans = table.take(shared), spans.take(shared)
     loads = _needed(every, len(interests)) - _needed(table, len(interests))
-    slab_bytes = max(block_size, slab_bytes // _most_rows(table) // block_size * block_size)
+    rows = _most_rows(table)
+    slab_bytes = max(block_size, slab_bytes // rows // block_size * block_size)
     fair = int(spans.end.max(initial=0)) // (SLABS_PER_RANK * max(len(interests), 1))
     cut = min(slab_bytes, (fair // block_size + 1) * block_size)
     slabs = _Slabs.of(table, spans, cut, slab_bytes, loads)
+    # Two slabs, packed for all others as often as they ask, and as much from all others.
+    if 2 * slab_bytes * (2 * rows * len(interests) + 1) > round_bytes:
+        slabs = _within(slabs, table, len(interests), round_bytes)
     division = _Division(table, slabs, len(interests))
     return [division.of(rank, one.chunk_sizes.shape[1]) for rank, one in enumerate(interests)]
+
+
+def _within(slabs: _Slabs, table: _Table, world_size: int, limit: int) -> _Slabs:
+    """``slabs`` in rounds that take no rank more than ``limit`` bytes; none of them if there are no
+    such rounds."""
+    rounds = within_limit(
+        slabs.round,
+        slabs.reader,
+        slabs.end - slabs.begin,
+        Pieces(slab=slabs.piece_slab, to=table.rank[slabs.piece_row], nbytes=slabs.piece_bytes),
+        world_size=world_size,
+        limit=limit,
+    )
+    return _Slabs.none() if rounds is None else replace(slabs, round=rounds)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -311,6 +329,11 @@ class _Slabs:
     """(P,) pieces by slab, then receiver, then row."""
     piece_row: I64
     """(P,) row of the table."""
+    piece_bytes: I64
+
+    @staticmethod
+    def none() -> _Slabs:
+        return _Slabs(**{f.name: np.zeros(0, np.int64) for f in fields(_Slabs)})
 
     @staticmethod
     def of(table: _Table, spans: _Spans, cut: int, round_bytes: int, loads: F64) -> _Slabs:
@@ -322,16 +345,16 @@ class _Slabs:
         before = np.concatenate(([0], np.cumsum(steps)))
         first, last = before[low], before[high]
         if int((last - first).sum()) > MAX_PAIRS:
-            return _Slabs(**{f.name: np.zeros(0, np.int64) for f in fields(_Slabs)})
+            return _Slabs.none()
         # Slabs of the whole line, those in between chunks too, which no row asks for.
         at = np.repeat(cuts, steps) + segment_positions(steps) * cut
         stop = np.minimum(at + cut, np.repeat(np.append(cuts[1:], cuts[-1:]), steps))
         counts = last - first
         row = np.repeat(np.arange(len(low), dtype=np.int64), counts)
         slab = np.repeat(first, counts) + segment_positions(counts)
-        row, slab = _with_elements(table, spans, row, slab, at, stop)
+        row, slab, nbytes = _with_elements(table, spans, row, slab, at, stop)
         order = np.lexsort((table.row[row], table.rank[row], slab))
-        row, slab = row[order], slab[order]
+        row, slab, nbytes = row[order], slab[order], nbytes[order]
         used, number = np.unique(slab, return_inverse=True)
         base = np.zeros(len(used), np.int64)
         base[number] = spans.base[row]
@@ -341,25 +364,26 @@ class _Slabs:
             begin=begin - base,
             end=end - base,
             reader=reader,
-            round=_rounds(reader, np.where(alone, 0, end - begin), alone, round_bytes),
+            round=in_order(reader, np.where(alone, 0, end - begin), alone, round_bytes),
             piece_slab=number,
             piece_row=row,
+            piece_bytes=nbytes,
         )
 
 
 def _with_elements(
     table: _Table, spans: _Spans, row: I64, slab: I64, at: I64, stop: I64
-) -> tuple[I64, I64]:
-    """Pairs of a row and a slab that have an element in common: the runs of a strided box may
-    leave a slab out."""
+) -> tuple[I64, I64, I64]:
+    """Pairs of a row and a slab that have an element in common, and how many bytes: the runs of a
+    strided box may leave a slab out."""
     sizes, within, lengths = table.chunk_sizes[row], table.within[row], table.lengths[row]
     itemsize = table.itemsize[row]
     begin = (at[slab] - spans.base[row]) // itemsize
     end = (stop[slab] - spans.base[row]) // itemsize
-    some = elements_before(sizes, within, lengths, end) > elements_before(
-        sizes, within, lengths, begin
-    )
-    return row[some], slab[some]
+    held = elements_before(sizes, within, lengths, end)
+    held -= elements_before(sizes, within, lengths, begin)
+    some = held > 0
+    return row[some], slab[some], (held * itemsize)[some]
 
 
 def _readers(number: I64, rank: I64, nbytes: I64, loads: F64) -> tuple[I64, Bool]:
@@ -402,18 +426,6 @@ def _filled(loads: F64, total: float) -> F64:
     fits = levels <= np.append(ordered[1:], np.inf)
     level = float(levels[int(np.argmax(fits))])
     return np.maximum(level - loads, 0.0)
-
-
-def _rounds(reader: I64, nbytes: I64, alone: Bool, round_bytes: int) -> I64:
-    """In which round each slab is read: a rank's slabs in order, by where they begin."""
-    order = np.argsort(reader, kind="stable")
-    ends = np.cumsum(nbytes[order])
-    begins = ends - nbytes[order]
-    first = np.flatnonzero(np.diff(reader[order], prepend=-1))
-    own = np.repeat(begins[first], np.diff(np.append(first, len(reader))))
-    rounds = np.empty(len(reader), np.int64)
-    rounds[order] = (begins - own) // round_bytes
-    return np.where(alone, ALONE, rounds)
 
 
 class _Division:

@@ -57,7 +57,7 @@ def round_trip(path: str, shared: str, turned: bool) -> list[str]:
     world_size = dist.get_world_size()
     save(states.state(world_size, filled=True), path)
     problems = []
-    for budget in (shared_reads.BUDGET_BYTES, 1):
+    for budget in (shared_reads.BUDGET_BYTES, 1 << 20):
         loaded = states.state(world_size, filled=False, turned=turned)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dcp_engine.loader.share.BUDGET_BYTES", budget)
@@ -76,11 +76,15 @@ def test_every_kind_of_state(ranks: Any, tmp_path: Path, world_size: int, turned
 REPLICATED = {"one": (300, 1000), "two": (1 << 19,), "three": (7,)}
 
 
-def load_replicated(path: str, shared: str) -> tuple[list[str], int | None]:
+def load_replicated(
+    path: str, shared: str, budget: int = shared_reads.BUDGET_BYTES
+) -> tuple[list[str], int | None]:
     state = {name: states.whole(name, shape) for name, shape in REPLICATED.items()}
     save(state, path)
     loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    report = load(loaded, path, shared_reads=shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcp_engine.loader.share.BUDGET_BYTES", budget)
+        report = load(loaded, path, shared_reads=shared)
     return wrong(loaded, REPLICATED), report.bytes_read
 
 
@@ -90,6 +94,10 @@ def test_a_replicated_state_is_read_once(ranks: Any, tmp_path: Path) -> None:
     assert once == [([], size)] * 4
     direct = ranks.run(4, load_replicated, str(tmp_path / "direct"), "direct")
     assert direct == [([], 4 * size)] * 4
+    # Two blocks at a time: one rank reads, all others take it. Less: nothing is handed on.
+    by_turns = ranks.run(4, load_replicated, str(tmp_path / "turns"), "once", 4 << 16)
+    assert by_turns == once
+    assert ranks.run(4, load_replicated, str(tmp_path / "none"), "once", 1 << 16) == direct
     # One machine, one local file system.
     assert ranks.run(4, load_replicated, str(tmp_path / "auto"), "auto") == direct
 

@@ -54,12 +54,19 @@ class Job:
     """Carries the shares of all ranks out, and keeps count."""
 
     def __init__(
-        self, shapes: list[tuple[int, ...]], wants: list[list[Want]], slab_bytes: int = 2 * BLOCK
+        self,
+        shapes: list[tuple[int, ...]],
+        wants: list[list[Want]],
+        slab_bytes: int = 2 * BLOCK,
+        round_bytes: int = 1 << 30,
     ) -> None:
+        self.shapes = shapes
         self.wants = wants
         self.interests = [interests(shapes, own) for own in wants]
         self.chunks = [np.arange(math.prod(shape)).reshape(shape) for shape in shapes]
-        self.shares = plan_shared_reads(self.interests, block_size=BLOCK, slab_bytes=slab_bytes)
+        self.shares = plan_shared_reads(
+            self.interests, block_size=BLOCK, slab_bytes=slab_bytes, round_bytes=round_bytes
+        )
         self.slab_bytes = slab_bytes
         self.read: dict[int, Counter[int]] = defaultdict(Counter)
         """By chunk, how often each byte is read through slabs."""
@@ -151,6 +158,36 @@ class Job:
             most = max([most, *held.values()])
         return most
 
+    def loads(self) -> Counter[int]:
+        """By rank, what it reads through slabs."""
+        sizes = [int((s.slab_end - s.slab_begin).sum()) for s in self.shares]
+        return Counter({rank: size for rank, size in enumerate(sizes) if size})
+
+    def held_for_a_round(self) -> int:
+        """The most that the exchange takes for a round: messages of whole slabs are not packed."""
+        held = Counter[tuple[int, int]]()
+        for rank, share in enumerate(self.shares):
+            slabs: dict[int, list[int]] = defaultdict(list)
+            for slab, k in enumerate(share.slab_round.tolist()):
+                if k != ALONE:
+                    slabs[k].append(slab)
+                    held[rank, k] += int(share.slab_end[slab] - share.slab_begin[slab])
+            messages: dict[tuple[int, int], list[tuple[int, int, bool]]] = defaultdict(list)
+            for slab, to, row in zip(
+                share.send_slab.tolist(), share.send_to.tolist(), share.send_row, strict=True
+            ):
+                if to != rank:
+                    begin, end = int(share.slab_begin[slab]), int(share.slab_end[slab])
+                    nbytes = 4 * len(self.mask(to, int(row), begin, end))
+                    k = int(share.slab_round[slab])
+                    messages[to, k].append((slab, nbytes, nbytes == end - begin))
+            for (to, k), pieces in messages.items():
+                total = sum(nbytes for _, nbytes, _ in pieces)
+                held[to, k] += total
+                if [p[0] for p in pieces] != slabs[k] or not all(p[2] for p in pieces):
+                    held[rank, k] += total
+        return max(held.values(), default=0)
+
     def most_in_a_round(self) -> int:
         most = 0
         for share in self.shares:
@@ -190,6 +227,28 @@ def test_every_wanted_element_arrives_once_and_every_byte_is_read_once(job: Job)
     # What slab_bytes_for reckons with; a block is the least there is.
     if job.slab_bytes >= 2 * BLOCK:
         assert job.most_memory() <= 2 * job.slab_bytes * (2 * len(job.wants) + 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(jobs(), st.integers(1, 40))
+def test_no_rank_holds_more_than_it_may(job: Job, blocks: int) -> None:
+    """Ranks read by turns, or each for itself."""
+    tight = Job(job.shapes, job.wants, job.slab_bytes, round_bytes=blocks * BLOCK)
+    assert tight.held_for_a_round() <= blocks * BLOCK
+    tight.run()
+    if any(len(share.rows) for share in tight.shares):
+        assert [s.rows.tolist() for s in tight.shares] == [s.rows.tolist() for s in job.shares]
+        assert tight.load == job.loads()
+
+
+def test_replicas_are_read_by_turns_where_that_is_enough() -> None:
+    shapes = [(64,)]
+    sizes = {}
+    for blocks in (0, 1, 2, 3, 4, 5):
+        job = Job(shapes, [whole(shapes)] * 4, BLOCK, round_bytes=blocks * BLOCK)
+        sizes[blocks] = max(share.slab_round.max(initial=ALONE) + 1 for share in job.shares)
+    # 16 blocks: not at all; one reader at a time, two, four.
+    assert sizes == {0: 0, 1: 16, 2: 8, 3: 8, 4: 4, 5: 4}
 
 
 @settings(max_examples=40, deadline=None)
@@ -273,13 +332,13 @@ def test_parts_that_end_at_block_borders_are_left_alone() -> None:
 
 def test_elements_that_do_not_fit_into_blocks_are_left_alone() -> None:
     one = interests([(9,)], whole([(9,)]), itemsize=12)
-    shares = plan_shared_reads([one, one], block_size=BLOCK, slab_bytes=BLOCK)
+    shares = plan_shared_reads([one, one], block_size=BLOCK, slab_bytes=BLOCK, round_bytes=1 << 20)
     assert all(len(share.rows) == 0 for share in shares)
 
 
 def test_one_place_with_two_shapes_is_left_alone() -> None:
     one, two = interests([(4, 4)], whole([(4, 4)])), interests([(16,)], whole([(16,)]))
-    shares = plan_shared_reads([one, two], block_size=BLOCK, slab_bytes=BLOCK)
+    shares = plan_shared_reads([one, two], block_size=BLOCK, slab_bytes=BLOCK, round_bytes=1 << 20)
     assert all(len(share.rows) == 0 for share in shares)
 
 
@@ -291,7 +350,9 @@ def test_too_much_to_plan_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_at_all() -> None:
-    shares = plan_shared_reads([interests([], [])] * 3, block_size=BLOCK, slab_bytes=BLOCK)
+    shares = plan_shared_reads(
+        [interests([], [])] * 3, block_size=BLOCK, slab_bytes=BLOCK, round_bytes=1 << 20
+    )
     assert [len(share.rows) for share in shares] == [0, 0, 0]
     assert all(isinstance(share, RankShare) for share in shares)
 

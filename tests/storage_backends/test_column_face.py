@@ -148,6 +148,7 @@ def test_resharding(
     # Small enough that jobs, batches and scratch memory all come to their limits here.
     monkeypatch.setattr("storage_backends.read_files.READ_BYTES", 2048)
     monkeypatch.setattr("storage_backends.read_files.JOB_BYTES", 4096)
+    monkeypatch.setattr("storage_backends.read_files.MIN_JOB", 512)
     monkeypatch.setattr("storage_backends.read_files.MAX_SPAN", 4096)
     monkeypatch.setattr("storage_backends.read_files.MAX_GAP", 256)
     monkeypatch.setattr("storage_backends.read_files.MAX_WHOLE", largest_whole_block)

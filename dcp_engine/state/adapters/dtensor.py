@@ -38,9 +38,14 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
         UnsupportedStateError: a ``Partial`` (or unknown) placement, a mesh that reaches outside
             the group, a local tensor whose shape is not what mesh and placements imply.
     """
+    mesh, given, local = value.device_mesh, value.placements, _local(value)
+    # Types too: in older versions of torch a strided shard equals a plain one.
+    key = (id(mesh), value.shape, local.shape, given, *map(type, given))
+    known: _Reading | None = meshes.readings.get(key)
+    if known is not None and type(local) is torch.Tensor:  # most are like one before
+        return [_described(fqn, value, local, known, for_load)]
     shape = tuple(value.shape)
-    placements = tuple([_spell(fqn, p, len(shape)) for p in value.placements])
-    mesh = value.device_mesh
+    placements = tuple([_spell(fqn, p, len(shape)) for p in given])
     place = meshes.place(mesh)
     if place.outside:
         raise refusal(
@@ -49,7 +54,6 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
             f"group of this operation",
             "pass a process_group= that holds the whole mesh",
         )
-    local = _local(value)
     if type(local) is not torch.Tensor:  # rare
         if is_async_collective(local):
             local = local.trigger_wait()
@@ -65,33 +69,34 @@ def describe_dtensor(fqn: str, value: Any, meshes: Meshes, *, for_load: bool) ->
                 "wrapped tensors a rank holds does not follow from the placements",
                 "store the inner tensors, or give the class the _Checkpointable methods",
             )
-    local_shape = tuple(local.shape)
-    key = (id(mesh), shape, local_shape, placements)
-    reading: _Reading | None = meshes.readings.get(key)
-    if reading is None:
-        reading = meshes.readings[key] = _read(fqn, shape, local_shape, placements, place)
-    boxes = reading.part.boxes
+    reading = meshes.readings[key] = _read(fqn, shape, tuple(local.shape), placements, place)
+    return [_described(fqn, value, local, reading, for_load)]
+
+
+def _described(
+    fqn: str, value: Any, local: torch.Tensor, reading: _Reading, for_load: bool
+) -> TensorValue:
+    part = reading.part
+    boxes = part.boxes
     memory = plain_memory(fqn, local, for_load=for_load) if boxes else local
     tensors: tuple[torch.Tensor, ...]
-    if len(boxes) == 1 and boxes[0].sizes == local_shape:  # most are
+    if len(boxes) == 1 and boxes[0].sizes == part.shape:  # most are
         tensors = (memory,)
     else:
         tensors = tuple(
             _narrow(memory, within, box.sizes)
-            for box, within in zip(boxes, reading.part.within, strict=True)
+            for box, within in zip(boxes, part.within, strict=True)
         )
-    return [
-        TensorValue(
-            fqn=fqn,
-            kind=EntryKind.REPLICATED if reading.replicated else EntryKind.SHARDED,
-            dtype=local.dtype,
-            shape=shape,
-            boxes=boxes,
-            tensors=tensors,
-            layout=reading.layout,
-            requires_grad=bool(value.requires_grad),
-        )
-    ]
+    return TensorValue(
+        fqn=fqn,
+        kind=EntryKind.REPLICATED if reading.replicated else EntryKind.SHARDED,
+        dtype=local.dtype,
+        shape=reading.shape,
+        boxes=boxes,
+        tensors=tensors,
+        layout=reading.layout,
+        requires_grad=value.requires_grad,
+    )
 
 
 def _local(value: Any) -> Any:
@@ -105,6 +110,8 @@ def _local(value: Any) -> Any:
 class _Reading:
     """What mesh and placements are taken to mean."""
 
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
     part: LocalPart
     layout: MeshLayout | None
     replicated: bool
@@ -118,7 +125,9 @@ class _Reading:
         layout = None
         if place.ranks is not None:
             layout = MeshLayout(mesh_shape=place.shape, ranks=place.ranks, placements=placements)
-        return _Reading(part=part, layout=layout, replicated=set(placements) <= {REPLICATE})
+        return _Reading(
+            shape=shape, part=part, layout=layout, replicated=set(placements) <= {REPLICATE}
+        )
 
 
 def _read(

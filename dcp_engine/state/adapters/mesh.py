@@ -40,9 +40,6 @@ class MeshPlace:
         )
 
 
-Shape = tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
     """The meshes met while one state dict is described. A model has thousands of ``DTensor``
@@ -51,9 +48,9 @@ class Meshes:
     group: GroupRanks
     _known: dict[int, tuple[Any, MeshPlace]] = field(default_factory=dict)
     """By id; the mesh is held, so that its id stays its own."""
-    readings: dict[tuple[int, Shape, Shape, tuple[str, ...]], Any] = field(default_factory=dict)
-    """For ``dtensor``: what was made of a mesh (by id), a global shape, a local shape and
-    placements. The tensors of a model share a few of them."""
+    readings: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """For ``dtensor``: what was made of a mesh (by id; one that was looked up here), a global
+    shape, a local shape and placements. The tensors of a model share a few of them."""
 
     def place(self, mesh: Any) -> MeshPlace:
         """Where ``mesh`` (a ``DeviceMesh``) lies."""
