@@ -81,7 +81,7 @@ def _first_calls(state: dict[str, Any], disk: str) -> dict[str, float]:
 
 
 def _first_touch(nbytes: int) -> float:
-    """Seconds for as many threads as copy to write every page of a new memfd."""
+    """Seconds for a thread per processor to write every page of a new memfd."""
     descriptor = os.memfd_create("touch")
     os.ftruncate(descriptor, nbytes)
     memory = mmap.mmap(descriptor, nbytes)

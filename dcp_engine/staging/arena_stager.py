@@ -11,12 +11,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from dcp_engine.closing import Closing
 from dcp_engine.errors import StagingError
+from dcp_engine.staging import pages
 from dcp_engine.staging.arena import Arena
 from dcp_engine.staging.copier import Copier
 from dcp_engine.staging.device_copy import Ready
@@ -28,6 +30,9 @@ from dcp_engine.storage import Check
 __all__ = ["ArenaStager", "Sources", "Staging", "no_check"]
 
 logger = logging.getLogger(__name__)
+
+_MAP_SLICE = 8 << 20
+"""Bytes: while one is mapped, whoever else in this process wants to map something has to wait."""
 
 
 def no_check() -> None:
@@ -120,6 +125,7 @@ class ArenaStager(Closing):
         self._copier = Copier(threads)
         self._pool = ArenaPool(arenas, lambda: Arena(pin=pin))
         self._background = ThreadPoolExecutor(1, "dcp_engine-staging")
+        self._closed = False
 
     def begin(
         self, sources: Sources, *, background: bool = False, check: Check = no_check
@@ -175,6 +181,7 @@ class ArenaStager(Closing):
     def close(self) -> None:
         """Wait for what is under way, then give back all memory that nobody reads. Any number of
         times."""
+        self._closed = True
         self._background.shutdown()
         self._copier.close()
         self._pool.close()
@@ -197,6 +204,7 @@ class ArenaStager(Closing):
             staging.completion.set_result(None)
 
     def _copy(self, staging: Staging, sources: Sources, ready: Ready, check: Check) -> None:
+        first = staging.arena.takes_first_writes
         self._copier.copy(
             sources.tensors,
             staging.layout,
@@ -204,4 +212,16 @@ class ArenaStager(Closing):
             ready=ready,
             check=check,
             copied=staging._copied,
+            first_writes=first,
         )
+        if first:
+            memory = staging.arena.view(0, staging.layout.size)
+            with suppress(RuntimeError):  # the interpreter ends: there will be no other copy
+                self._background.submit(self._map, memory)
+
+    def _map(self, memory: torch.Tensor) -> None:
+        """What was written is mapped while nobody waits for it, for the next copy."""
+        for at in range(0, memory.numel(), _MAP_SLICE):
+            if self._closed:
+                return
+            pages.map_present(memory[at : at + _MAP_SLICE])

@@ -1,4 +1,5 @@
-"""What the kernel is told about the pages of an arena: touch them ahead, make them huge, pin them.
+"""What the kernel is told about the pages of an arena: touch or map them ahead, make them huge, pin
+them.
 
 Belongs here: ``madvise`` and ``cudaHostRegister`` on an address range. Does not belong here: whose
 range it is.
@@ -16,13 +17,23 @@ import torch
 
 from dcp_engine.errors import StagingError
 
-__all__ = ["advise_huge_pages", "can_pin", "pin", "populate", "unpin"]
+__all__ = [
+    "advise_huge_pages",
+    "can_pin",
+    "has_huge_pages",
+    "map_present",
+    "pin",
+    "populate",
+    "unpin",
+]
 
 logger = logging.getLogger(__name__)
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all devices, not only the current one
 _MADV_HUGEPAGE = 14
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MADV_POPULATE_READ = 22  # Linux 5.14, as the next one
+_MADV_POPULATE_WRITE = 23
+_PAGE = os.sysconf("SC_PAGESIZE")
 _GRANTED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -33,11 +44,10 @@ def populate(memory: torch.Tensor) -> None:
     """
     if not memory.numel():
         return
-    page = os.sysconf("SC_PAGESIZE")
-    begin = memory.data_ptr() // page * page
+    begin = memory.data_ptr() // _PAGE * _PAGE
     code = _madvise(begin, memory.data_ptr() + memory.numel() - begin, _MADV_POPULATE_WRITE)
     if code == errno.EINVAL:  # an older kernel: write to each page what it holds
-        memory[::page].bitwise_or_(0)
+        memory[::_PAGE].bitwise_or_(0)
     elif code:
         raise StagingError(
             f"the kernel refused {memory.numel():,} bytes of staging memory: {os.strerror(code)}",
@@ -45,16 +55,28 @@ def populate(memory: torch.Tensor) -> None:
         )
 
 
+def map_present(memory: torch.Tensor) -> None:
+    """Have the pages of ``memory`` (contiguous uint8, all of them in memory) in this process's
+    page tables, so that no access faults. Releases the GIL. Nothing where the kernel cannot."""
+    if memory.numel():
+        begin = memory.data_ptr() // _PAGE * _PAGE
+        end = memory.data_ptr() + memory.numel()
+        code = _madvise(begin, end - begin, _MADV_POPULATE_READ)
+        if code:
+            logger.debug("staging memory is not mapped ahead: %s", os.strerror(code))
+
+
+def has_huge_pages(granted: Path = _GRANTED) -> bool:
+    """Whether mapped shared memory may get huge pages, asked for or not, as far as is known."""
+    return _setting(granted) not in ("never", "deny")
+
+
 def advise_huge_pages(memory: torch.Tensor, granted: Path = _GRANTED) -> bool:
     """Ask for huge pages where the system grants them to shared memory on request.
 
     Returns whether it was asked for. ``always`` and ``within_size`` need no request.
     """
-    try:
-        setting = granted.read_text()
-    except OSError:
-        setting = ""
-    mode = setting.partition("[")[2].partition("]")[0] or "unknown"
+    mode = _setting(granted)
     asked = False
     if mode == "advise" and memory.numel():
         asked = _madvise(memory.data_ptr(), memory.numel(), _MADV_HUGEPAGE) == 0
@@ -89,6 +111,14 @@ def unpin(memory: torch.Tensor) -> None:
     code = int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))  # type: ignore[attr-defined,no-untyped-call,unused-ignore]
     if code:
         logger.warning("cudaHostUnregister failed with error %d", code)
+
+
+def _setting(granted: Path) -> str:
+    try:
+        setting = granted.read_text()
+    except OSError:
+        setting = ""
+    return setting.partition("[")[2].partition("]")[0] or "unknown"
 
 
 def _madvise(address: int, nbytes: int, advice: int) -> int:

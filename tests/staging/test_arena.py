@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,13 +173,54 @@ def test_attaching(arena: Arena) -> None:
     assert arena.view(100, 1).item() == 3
 
 
+def mapped(arena: Arena) -> int:
+    """Bytes of it in the page tables of this process."""
+    sizes, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.split()[4] == str(os.fstat(arena.fileno()).st_ino)
+        elif inside and line.startswith("Rss:"):
+            sizes.append(int(line.split()[1]) * 1024)
+    return sum(sizes)
+
+
+def test_what_is_in_memory_is_mapped_at_once(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena.reserve(4 * MIB)
+    os.pwrite(arena.fileno(), bytes(4 * MIB), 0)
+    assert mapped(arena) == 0
+    with monkeypatch.context() as patch:  # a kernel before 5.14
+        patch.setattr(pages, "_madvise", lambda *args: errno.EINVAL)
+        pages.map_present(arena.view(0, arena.size))
+    if pages._madvise(arena.view(0, 1).data_ptr(), 0, pages._MADV_POPULATE_READ):
+        pytest.skip("this kernel maps nothing ahead")
+    pages.map_present(arena.view(0, 0))
+    pages.map_present(arena.view(0, 3 * MIB))
+    assert 3 * MIB <= mapped(arena) <= 4 * MIB
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    arena.view(0, 3 * MIB).fill_(1)
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - faults < 100
+
+
+def test_first_writes(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "has_huge_pages", lambda: False)
+    arena.reserve(3 * MIB)
+    assert arena.takes_first_writes
+    monkeypatch.setattr(pages, "has_huge_pages", lambda: True)
+    assert not arena.takes_first_writes
+    monkeypatch.setattr(pages, "has_huge_pages", lambda: False)
+    arena.view(0, 1).fill_(1)
+    assert not arena.takes_first_writes
+
+
 @pytest.mark.parametrize(
-    ("setting", "asked"),
+    ("setting", "asked", "possible"),
     [
-        ("always within_size [advise] never", True),
-        ("always advise [never]", False),
-        ("[always] advise never", False),
-        (None, False),
+        ("always within_size [advise] never", True, True),
+        ("always advise [never] deny", False, False),
+        ("always advise never [deny]", False, False),
+        ("[always] advise never", False, True),
+        ("always [within_size] never", False, True),
+        (None, False, True),
     ],
 )
 def test_huge_pages_only_where_granted(
@@ -185,6 +228,7 @@ def test_huge_pages_only_where_granted(
     tmp_path: Path,
     setting: str | None,
     asked: bool,
+    possible: bool,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -197,6 +241,7 @@ def test_huge_pages_only_where_granted(
     calls.clear()
     with caplog.at_level(logging.DEBUG, "dcp_engine.staging.pages"):
         assert pages.advise_huge_pages(arena.view(0, arena.size), granted) is asked
+    assert pages.has_huge_pages(granted) is possible
     assert calls == [14] * asked
     assert "huge pages" in caplog.text
 

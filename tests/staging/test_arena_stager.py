@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import torch
 
 from dcp_engine.errors import StagingError, UsageError
 from dcp_engine.format.dtypes import DTYPES
-from dcp_engine.staging import copier, memory
+from dcp_engine.staging import copier, memory, pages
 from dcp_engine.staging.arena_stager import ArenaStager, Sources, Staging
 from dcp_engine.staging.layout import SMALL
 from tests.staging.states import bytes_of, numbered
@@ -82,6 +84,74 @@ def test_large_tensors_in_slices(monkeypatch: pytest.MonkeyPatch, threads: int) 
             assert torch.equal(source, staged)
     # Several threads share the slices out; only the calling one looks.
     assert len(looks) > (36 + 36 if threads == 1 else 0)
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """No huge pages, whatever this machine has; the sizes of what is mapped ahead."""
+    mapped: list[int] = []
+    monkeypatch.setattr(pages, "has_huge_pages", lambda: False)
+    monkeypatch.setattr(pages, "map_present", lambda memory: mapped.append(memory.numel()))
+    return mapped
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_copy_is_written_and_mapped_later(
+    monkeypatch: pytest.MonkeyPatch, small_pages: list[int], threads: int, background: bool
+) -> None:
+    written: list[int] = []
+    write = copier._pwrite
+
+    def interrupted(fd: int, source: int, nbytes: int, offset: int) -> int:
+        """As by a signal."""
+        done: int = write(fd, source, min(nbytes, 9000), offset)
+        written.append(done)
+        return done
+
+    monkeypatch.setattr(copier, "_pwrite", interrupted)
+    monkeypatch.setattr(copier, "_SLICE", 20_000)
+    tensors = [numbered(100_000), numbered(3), numbered(300, 200).T, numbered(SMALL + 1)]
+    with ArenaStager(threads=threads) as stager:
+        for turn in range(3):
+            staging = stager.begin(sources(*tensors), background=background)
+            staging.wait()
+            for source, staged in zip(tensors, staging.tensors(), strict=True):
+                assert torch.equal(source, staged)
+                source.add_(1)
+            staging.release()
+            if turn == 0:
+                large = sum(tensor.nbytes for tensor in (tensors[0], tensors[3]))
+                # One thread writes at a time; others move theirs meanwhile.
+                assert sum(written) == large if threads == 1 else 0 < sum(written) <= large
+                written.clear()
+        stager._background.submit(lambda: None).result()
+        assert small_pages == [staging.layout.size]
+    assert written == []
+
+
+def test_huge_pages_are_for_mappings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "has_huge_pages", lambda: True)
+    monkeypatch.setattr(copier, "_pwrite", None)
+    with ArenaStager(threads=1) as stager:
+        assert torch.equal(stager.begin(sources(numbered(9000))).tensors()[0], numbered(9000))
+
+
+@pytest.mark.parametrize("result", [0, -1])
+def test_no_memory_for_the_first_copy(
+    monkeypatch: pytest.MonkeyPatch, small_pages: list[int], result: int
+) -> None:
+    def fail(*args: int) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return result
+
+    with ArenaStager(threads=1) as stager:
+        with monkeypatch.context() as patch:
+            patch.setattr(copier, "_pwrite", fail)
+            with pytest.raises(StagingError, match="failed") as caught:
+                stager.begin(sources(numbered(9000)))
+        assert caught.value.kind == "out_of_memory"
+        assert torch.equal(stager.begin(sources(numbered(9000))).tensors()[0], numbered(9000))
 
 
 def test_small_ones_of_all_sizes_and_strides(arenas: ArenaStager) -> None:
@@ -277,6 +347,20 @@ def test_close_gives_memory_back() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(UsageError, match="closed"):
         stager.begin(sources(numbered(1)))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"),
+    [(2, None, 2), (2, "2", 1), (2, "8", 1), (64, "4", 8), (16, "4", 4), (16, "0", 8), (2, "x", 2)],
+)
+def test_threads_are_shared_by_the_ranks_of_a_host(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert copier.default_threads() == threads
 
 
 def test_arguments() -> None:
