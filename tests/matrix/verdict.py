@@ -79,8 +79,8 @@ def _of_verdict(
 ) -> Iterator[str]:
     site, text = case.site, report["text"]
     named = first if site.first and _is_harmless(case) else struck
-    if _store_died(case, struck) and not _is_harmless(case):
-        named = []
+    if _store_died(case, struck) and not (_is_harmless(case) and report["ranks"]):
+        named = []  # nor may the verdict on what failed before have come through
     if _all_are_late(case) and set(report["ranks"]) < set(named) and report["ranks"]:
         named = report["ranks"]  # the first to say so stopped the others
     worker_died = rank in struck and case.fault == "kill" and not case.dies
@@ -88,7 +88,8 @@ def _of_verdict(
         named = report["ranks"]  # what its worker knew of the others is gone with it
     if report["ranks"] != named:
         yield f"named {report['ranks']}, not {named}: {text}"
-    kinds = _kinds(case, struck) | ({"worker_died"} if worker_died else set())
+    late = site.first and _is_harmless(case)  # it had failed, and its parent knows of what
+    kinds = _kinds(case, struck) | ({"worker_died"} if worker_died and not late else set())
     if report["kind"] not in kinds:
         yield f"kind {report['kind']}, not of {kinds}: {text}"
     if report["kind"] in RAISED and "injected" not in text:
@@ -137,7 +138,7 @@ def _kinds(case: Case, struck: list[int]) -> set[str]:
     if _store_died(case, struck):
         kinds.add("commit_in_doubt")
     if (case.site.first and _is_harmless(case)) or case.fault in RAISING:
-        return kinds | RAISED
+        return kinds | RAISED | ({"store_lost"} if _store_died(case, struck) else set())
     if case.fault == "hang":
         return kinds | {"timeout"}
     if not case.dies:
