@@ -56,6 +56,9 @@ class SaveTicket:
     """Another process than the one that asked for the save writes it."""
     beside_training: bool = False
     """Training goes on in the process that writes: take one thread, not all processors."""
+    nice: int = 0
+    """Beside training: by how much the nice value of a thread that writes is to be raised, where
+    that thread is the save's own."""
 
 
 class FileReport(msgspec.Struct, frozen=True, array_like=True):

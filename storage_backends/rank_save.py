@@ -43,6 +43,7 @@ from storage_backends.garbage import (
     read_owner,
 )
 from storage_backends.layout import FileLayout, RankLayout
+from storage_backends.lowered_thread import run_lowered
 from storage_backends.open_files import OpenFiles
 from storage_backends.present import complete_set, present_checkpoint, rank_manifests
 from storage_backends.present import present_save_id as manifest_save_id
@@ -181,7 +182,7 @@ class RankSave:
         """Write all files of ``layout``, and their digests, and sync them; on the coordinator the
         caller's extra files too; then the directory."""
         with OpenFiles(self.store) as files:
-            written = [self._write_data(file, check, files) for file in layout.files]
+            written = self._write_all_data(layout, check, files)
             digests = self._write_digests(layout, written, check, files)
             check()
             files.finish()
@@ -197,6 +198,17 @@ class RankSave:
             digests_xxh3=xxh3_128_hex(digests) if digests else "",
             objects=list(layout.objects),
         )
+
+    def _write_all_data(
+        self, layout: RankLayout, check: Check, files: OpenFiles
+    ) -> list[WrittenFile]:
+        def write() -> list[WrittenFile]:
+            return [self._write_data(file, check, files) for file in layout.files]
+
+        # What other media start from here, event loops for instance, outlives the save.
+        if self.ticket.nice and self.store.local_path(self._directory) is not None:
+            return run_lowered(write, self.ticket.nice)
+        return write()
 
     def _write_data(self, file: FileLayout, check: Check, files: OpenFiles) -> WrittenFile:
         name = f"{self._directory}/{data_file_name(self.ticket.rank, file.number)}"

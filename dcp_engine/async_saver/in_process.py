@@ -27,18 +27,28 @@ from dcp_engine.async_saver.messages import (
     ColumnPart,
     ColumnStructure,
     SaveAnswer,
-    SaveNews,
     SaveRequest,
     StatePart,
     TouchRequest,
     decode,
     encode,
 )
+from dcp_engine.async_saver.news import News
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.async_saver.snapshot import ColumnSnapshot, StateSnapshot
-from dcp_engine.async_saver.verdict_of_death import failure_of, settle_dead_worker
-from dcp_engine.errors import CheckpointException, CoordinationError
-from dcp_engine.executors.process import WorkerError, WorkerProcess, WorkerSettings, dumps
+from dcp_engine.async_saver.verdict_of_death import (
+    after_death,
+    failure_of_worker,
+    settle_dead_worker,
+)
+from dcp_engine.coordination.interface import Deadlines, Session
+from dcp_engine.errors import CheckpointError, CoordinationError
+from dcp_engine.executors.process import (
+    WorkerError,
+    WorkerProcess,
+    WorkerSettings,
+    dumps,
+)
 from dcp_engine.format.metadata_view import ManifestMetadata
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord
@@ -55,7 +65,10 @@ logger = logging.getLogger(__name__)
 
 _HANDLER = "dcp_engine.async_saver.worker:make_handler"
 _SLACK = 30.0
-"""Seconds that a worker has beyond the save's own deadline to say that it passed."""
+"""Seconds that a worker has beyond the save's own deadline to say that it passed. One that is
+stopped has none."""
+_TOUCH_STALL = 60.0
+"""Seconds for which a worker may be stopped while it is to map memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +99,19 @@ class ProcessSaver:
 
     Args:
         rank: of this process, for names.
+        nice: as ``WorkerSettings`` has it.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, nice: int) -> None:
         self._rank = rank
+        self._nice = nice
         self._lock = threading.Lock()
         self._employed: _Employed | None = None
         self._generation = 0
         self._forget = False
         self._closed = False
+        self._remains: list[tuple[Session, int]] = []
+        """Operations in which a worker died, with what it may have left in the store."""
         self.bytes_sent = 0
         """Of the requests of the last save, for the benchmark."""
 
@@ -117,7 +134,9 @@ class ProcessSaver:
                 if employed is not None:
                     employed.worker.close()
                 name = f"dcp_engine-saver-{self._rank}"
-                settings = WorkerSettings(handler=_HANDLER, name=name, rank=self._rank)
+                settings = WorkerSettings(
+                    handler=_HANDLER, name=name, rank=self._rank, nice=self._nice
+                )
                 employed = self._employed = _Employed(worker=WorkerProcess(settings))
             employed.worker.start()
             return employed
@@ -131,7 +150,12 @@ class ProcessSaver:
         name = _name_of(arena)
         request = TouchRequest(arena=name, arena_size=arena.size, touched=touched)
         employed = self._present()
-        employed.worker.call(TOUCH, encode(request), descriptors=employed.missing(name, arena))
+        employed.worker.call(
+            TOUCH,
+            encode(request),
+            descriptors=employed.missing(name, arena),
+            stall_timeout=_TOUCH_STALL,
+        )
         employed.arenas.add(name)
 
     def pack(self, job: SaveJob, snapshot: ColumnSnapshot | StateSnapshot) -> Parcel:
@@ -164,35 +188,39 @@ class ProcessSaver:
         """Save what was packed, when its staging is complete.
 
         Raises what all ranks raise; of a worker that died, ``CheckpointException`` with the cause
-        ``CoordinationError(kind="worker_died")``.
+        ``CoordinationError(kind="worker_died")``, or ``stalled``; what the save had failed with
+        before, if it had.
         """
         request, arena = parcel.request, parcel.staging.arena
         request.generation = self._generation
         request.forget_plans, self._forget = self._forget, False
-        news = _News(tell, parcel.staging.bytes_total)
-        timeout = job.options.deadlines.timeout
+        news = News(tell, parcel.staging.bytes_total)
+        deadlines = job.options.deadlines
         try:
-            answer = self._ask_living(request, arena, news, timeout)
+            answer = self._ask_living(request, arena, news, deadlines)
             while answer.unknown_structure or answer.unknown_arena:
                 if answer.unknown_structure:
                     request.part = _part(parcel.snapshot, whole=True)
                 else:
                     self._present().arenas.discard(request.arena)
-                answer = self._ask(request, arena, news, timeout)
+                answer = self._ask_living(request, arena, news, deadlines)
+            if answer.as_told:
+                answer = news.told_answer()
         except WorkerError as error:
             self._generation += 1  # the workers may have made a group of which nobody told
             self._give_up_worker()
-            record = settle_dead_worker(job, error, save_id=news.save_id, phase=news.phase)
-            return _metadata(request.writer, job.checkpoint_id, record)
+            self._remains.append((job.session, job.number))
+            answer = _after_death(job, error, news)
         except BaseException as error:
             self._generation += 1
             if news.phase == "join":
                 self._give_up_worker()  # a thread of it may still wait for the group
-            if isinstance(error, CheckpointException):
+            failure = failure_of_worker(job, error)
+            if failure is error:
                 raise
-            # What a worker was interrupted or ended by is no interrupt of this process.
-            raise failure_of(job, error) from error
+            raise failure from error
         self._generation = max(self._generation, answer.generation)
+        self._remove_remains(job)
         if answer.record is not None:
             return _metadata(request.writer, job.checkpoint_id, answer.record)
         metadata: Metadata = pickle.loads(answer.metadata)
@@ -206,22 +234,40 @@ class ProcessSaver:
         if employed is not None:
             employed.worker.close(timeout)
 
+    def _remove_remains(self, job: SaveJob) -> None:
+        """This save went well: all ranks have begun it, and ended those before it."""
+        over = [
+            number
+            for session, number in self._remains
+            if session is job.session and number != job.number
+        ]
+        self._remains = [
+            (session, number)
+            for session, number in self._remains
+            if session is not job.session or number == job.number
+        ]
+        for number in over:
+            try:
+                job.session.remove_remains(number)
+            except CheckpointError:
+                logger.debug("what save %d left in the store stays", number, exc_info=True)
+
     def _ask_living(
-        self, request: SaveRequest, arena: Arena, news: _News, timeout: float | None
+        self, request: SaveRequest, arena: Arena, news: News, deadlines: Deadlines
     ) -> SaveAnswer:
         """Ask; once more if the worker was dead already. One that says nothing has not begun: its
         first words come before its first message to other ranks."""
         try:
-            return self._ask(request, arena, news, timeout)
+            return self._ask(request, arena, news, deadlines)
         except WorkerError as error:
-            if news.phase or error.kind != "worker_died":
+            if news.phase or error.kind not in ("worker_died", "stalled"):
                 raise
             logger.warning("the worker is replaced: %s", error.message)
         self._give_up_worker()
-        return self._ask(request, arena, news, timeout)
+        return self._ask(request, arena, news, deadlines)
 
     def _ask(
-        self, request: SaveRequest, arena: Arena, news: _News, timeout: float | None
+        self, request: SaveRequest, arena: Arena, news: News, deadlines: Deadlines
     ) -> SaveAnswer:
         body = encode(request)
         self.bytes_sent = len(body)
@@ -231,7 +277,9 @@ class ProcessSaver:
             body,
             descriptors=employed.missing(request.arena, arena),
             on_progress=news,
-            timeout=None if timeout is None else timeout + _SLACK,
+            timeout=deadlines.timeout,
+            grace=_SLACK,
+            stall_timeout=deadlines.stall_timeout,
         )
         employed.arenas.add(request.arena)
         return decode(answer, SaveAnswer)
@@ -244,7 +292,11 @@ class ProcessSaver:
         if employed is not None:
             employed.worker.close(0)
         if not closed:
-            self.start()
+            try:
+                self.start()
+            except (CheckpointError, OSError):
+                # Closed meanwhile, or nothing to be had now: the save at hand is to be settled.
+                logger.warning("there is no new worker yet", exc_info=True)
 
 
 def _name_of(arena: Arena) -> int:
@@ -252,20 +304,16 @@ def _name_of(arena: Arena) -> int:
     return os.fstat(arena.fileno()).st_ino
 
 
-class _News:
-    """Called with what the worker tells."""
-
-    def __init__(self, tell: Callable[[Progress], None], total: int) -> None:
-        self._tell = tell
-        self._total = total
-        self.save_id = ""
-        self.phase = ""
-
-    def __call__(self, body: bytes) -> None:
-        news = decode(body, SaveNews)
-        self.phase = news.phase
-        self.save_id = news.save_id or self.save_id
-        self._tell(Progress(phase=news.phase, bytes_done=news.bytes_done, bytes_total=self._total))
+def _after_death(job: SaveJob, error: WorkerError, news: News) -> SaveAnswer:
+    """How a save ended whose worker died, or does not answer and is killed."""
+    failure = None if news.failure is None else failure_of_worker(job, news.failure)
+    if news.answer is not None:
+        logger.warning("the worker was lost when the save was committed: %s", error.message)
+        return news.answer
+    if failure is not None and news.ended:
+        raise after_death(failure, error)
+    record = settle_dead_worker(job, error, save_id=news.save_id, phase=news.phase, told=failure)
+    return SaveAnswer(record=record)
 
 
 def _part(

@@ -34,7 +34,7 @@ SAVE = "save"
 TOUCH = "touch"
 """Kinds of requests."""
 COMMITTED = "committed"
-"""The phase of a worker that has nothing left to do but to answer."""
+"""The phase of a worker whose save is committed, and tidied up after."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +101,8 @@ class TouchRequest(msgspec.Struct, array_like=True):
 class SaveAnswer(msgspec.Struct, array_like=True):
     """How it went."""
 
+    as_told: bool = False
+    """As the last ``SaveNews`` said, which came while the other ranks could not be gone yet."""
     unknown_structure: bool = False
     """Nothing was done: ask again with the structure."""
     unknown_arena: bool = False
@@ -118,6 +120,13 @@ class SaveNews(msgspec.Struct, array_like=True):
     bytes_done: int
     save_id: str
     """Empty as long as there is none."""
+    failure: bytes = b""
+    """What the save fails with (``executors.process.packed``), as soon as that is known: before
+    the worker tidies up."""
+    ended: bool = False
+    """This rank's part in the operation is over, but for leaving it."""
+    answer: SaveAnswer | None = None
+    """With ``ended``: the save is committed."""
 
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)

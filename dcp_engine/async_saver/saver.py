@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dcp_engine.async_saver.in_process import Parcel, ProcessSaver
-from dcp_engine.async_saver.in_thread import report_failure, save_here
+from dcp_engine.async_saver.in_thread import THREAD_NICE, report_failure, save_here
 from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.response import AsyncCheckpointerType, AsyncSaveResponse, Progress
 from dcp_engine.async_saver.snapshot import (
@@ -28,6 +28,7 @@ from dcp_engine.async_saver.snapshot import (
 from dcp_engine.async_saver.staging_time import await_staging, deadline_of_staging
 from dcp_engine.errors import StagingError, UsageError
 from dcp_engine.executors.ordered_thread import OrderedThread
+from dcp_engine.executors.process.settings import DEFAULT_NICE
 from dcp_engine.metadata import Metadata
 from dcp_engine.planner import SavePlanner
 from dcp_engine.saver.save import checkpoint_name, content_of, require_writer
@@ -47,17 +48,20 @@ class AsyncSaver:
     Args:
         rank: of this process, for names.
         max_pending: saves that may hold staging memory at the same time.
+        nice: by how much workers, and threads that only write, give way to training; None for
+            what suits each.
 
     ``save`` is to be called from one thread at a time, on all ranks in one order.
     """
 
-    def __init__(self, rank: int, *, max_pending: int = 1) -> None:
+    def __init__(self, rank: int, *, max_pending: int = 1, nice: int | None = None) -> None:
         self._stager = DefaultStager(arenas=max_pending)
         self._second_stager: DefaultStager | None = None
         """For the thread: what a custom stager has staged is copied once more for a worker. Not
         into the first one's arenas, which saves further back in the line may hold."""
         self._thread = OrderedThread("dcp_engine-async-saves")
-        self._process = ProcessSaver(rank)
+        self._process = ProcessSaver(rank, nice=DEFAULT_NICE if nice is None else nice)
+        self._thread_nice = THREAD_NICE if nice is None else nice
         self._responses: list[AsyncSaveResponse] = []
         self._reported: set[Future[None]] = set()
         """Stagings whose end ``wait_for_staging`` has told."""
@@ -107,7 +111,6 @@ class AsyncSaver:
             self._thread.submit(lambda: _tell_others(job, failed))
             raise
         response = AsyncSaveResponse(snapshot.completion, snapshot.progress)
-        self._responses.append(response)
         order = _Order(
             job=job,
             snapshot=snapshot,
@@ -115,7 +118,12 @@ class AsyncSaver:
             for_worker=for_worker,
             on_low_memory=on_low_memory,
         )
-        self._thread.submit(lambda: self._run(order, response))
+        try:
+            self._thread.submit(lambda: self._run(order, response))
+        except BaseException:
+            snapshot.release()  # closed meanwhile, or the interpreter has no thread left to give
+            raise
+        self._responses.append(response)
         if isinstance(snapshot, DirectSnapshot):
             wait_for([response])
         return response
@@ -290,6 +298,8 @@ class AsyncSaver:
             tell=tell,
             total=snapshot.progress().bytes_total,
             beside_workers=order.for_worker and job.options.use_collectives,
+            beside_training=not isinstance(snapshot, DirectSnapshot),
+            nice=self._thread_nice,
         )
 
     def _touch(self) -> None:

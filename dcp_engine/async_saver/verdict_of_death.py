@@ -6,13 +6,13 @@ import logging
 import time
 
 from dcp_engine.async_saver.job import SaveJob
-from dcp_engine.async_saver.messages import COMMITTED
 from dcp_engine.coordination.failures import capture, exception_of
 from dcp_engine.errors import CheckpointError, CheckpointException
 from dcp_engine.native_storage import ColumnarWriter, CommitRecord
+from dcp_engine.saver.outcome import proved_uncommitted
 from dcp_engine.saver.save import checkpoint_name
 
-__all__ = ["failure_of", "settle_dead_worker"]
+__all__ = ["after_death", "failure_of_worker", "settle_dead_worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +22,20 @@ _LOOK = 0.1
 
 
 def settle_dead_worker(
-    job: SaveJob, error: CheckpointError, *, save_id: str, phase: str
+    job: SaveJob,
+    error: CheckpointError,
+    *,
+    save_id: str,
+    phase: str,
+    told: CheckpointException | None,
 ) -> CommitRecord:
     """Tell the other ranks, and find out whether the save was committed all the same.
 
     Args:
-        error: how the worker ended.
+        error: how the worker ended. It had not left the operation.
         save_id: as far as the worker told; empty if it had none.
         phase: the last one that the worker told of.
+        told: what the save failed with before that, if the worker told: it died as it tidied up.
     Returns:
         The commit, if it is proved.
     Raises:
@@ -37,22 +43,23 @@ def settle_dead_worker(
     """
     coordinator = job.options.coordinator_rank if job.options.use_collectives else 0
     try:
-        outcome = job.session.report_death(job.number, coordinator_rank=coordinator, error=error)
+        death = job.session.report_death(
+            job.number,
+            coordinator_rank=coordinator,
+            error=error,
+            checkpoint=checkpoint_name(job.checkpoint_id, job.writer) if told is None else None,
+        )
     except CheckpointError:
         logger.warning("the other ranks could not be told of the worker's end", exc_info=True)
         raise _in_doubt(job, error) from error
-    if not save_id:
-        raise failure_of(job, error) from error
-    if outcome == "abort" or phase == COMMITTED:
-        # Where all ranks had gone on and removed their keys, this proposal to abort came too late.
-        _, record = _find(job, save_id)
-        if record is not None:
-            return record
-        if phase == COMMITTED:
-            raise _in_doubt(job, error) from error
-        raise failure_of(job, error) from error
-    alone = outcome is None
-    others_commit = not alone and job.session.rank != coordinator
+    failure = after_death(told, error) if told is not None else death.failure
+    if failure is None:
+        failure = _failure_of(job, error)
+    if not save_id or failure.kind == "commit_in_doubt":
+        raise failure
+    if proved_uncommitted(failure, coordinator):
+        raise failure
+    others_commit = death.outcome == "commit" and job.session.rank != coordinator
     deadline = time.monotonic() + (_COMMIT_PATIENCE if others_commit else 0.0)
     while True:
         looked, record = _find(job, save_id)
@@ -61,9 +68,15 @@ def settle_dead_worker(
         if time.monotonic() >= deadline:
             break
         time.sleep(_LOOK)
-    if others_commit or (phase == "commit" and not looked):
+    if others_commit or (death.outcome != "abort" and phase == "commit" and not looked):
         raise _in_doubt(job, error) from error
-    raise failure_of(job, error) from error
+    raise failure
+
+
+def after_death(failure: CheckpointException, error: CheckpointError) -> CheckpointException:
+    """``failure``, with a note of how the worker ended that had told of it."""
+    failure.add_note(f"and then the worker was lost: {error.message}")
+    return failure
 
 
 def _find(job: SaveJob, save_id: str) -> tuple[bool, CommitRecord | None]:
@@ -78,7 +91,13 @@ def _find(job: SaveJob, save_id: str) -> tuple[bool, CommitRecord | None]:
         return False, None
 
 
-def failure_of(job: SaveJob, error: BaseException) -> CheckpointException:
+def failure_of_worker(job: SaveJob, error: BaseException) -> CheckpointException:
+    """What this rank raises of what its worker raised: what a worker was interrupted or ended by
+    is no interrupt of this process."""
+    return error if isinstance(error, CheckpointException) else _failure_of(job, error)
+
+
+def _failure_of(job: SaveJob, error: BaseException) -> CheckpointException:
     """What the caller gets for ``error`` of this rank's worker."""
     rank = job.session.rank
     return exception_of(
@@ -90,7 +109,7 @@ def failure_of(job: SaveJob, error: BaseException) -> CheckpointException:
 
 
 def _in_doubt(job: SaveJob, error: CheckpointError) -> CheckpointException:
-    failure = failure_of(job, error)
+    failure = _failure_of(job, error)
     return CheckpointException(
         f"whether save {job.number} was committed is not known: {error.message}",
         failure.failures,

@@ -7,25 +7,23 @@ here: the loop around it, and dying (``executors.process.worker``).
 from __future__ import annotations
 
 import pickle
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from dcp_engine.async_saver.messages import (
-    COMMITTED,
     SAVE,
     TOUCH,
     ColumnPart,
     ColumnStructure,
     SaveAnswer,
-    SaveNews,
     SaveRequest,
     TouchRequest,
     decode,
     encode,
 )
+from dcp_engine.async_saver.news import NewsSender
 from dcp_engine.async_saver.object_blob import unpack_objects
 from dcp_engine.async_saver.snapshot import staged_columns
 from dcp_engine.async_saver.watched import WatchedOperation
@@ -39,7 +37,6 @@ from dcp_engine.executors.process import (
     loads,
 )
 from dcp_engine.executors.process.group import WorkerGroup
-from dcp_engine.native_storage import ColumnarWriter
 from dcp_engine.planning.cache import PlanCache
 from dcp_engine.planning.local import LocalSource
 from dcp_engine.saver import PlanMemory, SaveOptions
@@ -55,8 +52,6 @@ _ONLY_GENERATION = 1
 """Of a group of one rank, which nobody has to agree with."""
 _ARENAS = 8
 """Kept mapped. The memory of a stager that its owner has dropped stays until then."""
-_NEWS_INTERVAL = 0.2
-"""Seconds between two messages about bytes written."""
 
 
 def make_handler(init: bytes, context: WorkerContext) -> SaveHandler:
@@ -121,7 +116,7 @@ class SaveHandler(Handler):
         place = self._place(save.session)
         if save.forget_plans:
             place.memory.clear()
-        news = _NewsSender(request)
+        news = NewsSender(request)
         with place.session.begin(
             "save",
             save.checkpoint,
@@ -129,29 +124,47 @@ class SaveHandler(Handler):
             coordinator_rank=options.coordinator_rank if options.use_collectives else 0,
             number=save.number,
         ) as operation:
-            watched = WatchedOperation(operation, news.look)
-            generation, unpacked = self._unpack_in_group(watched, save, arena, place)
-            news.writer = unpacked.writer
-            saved = carry_out(
-                watched,
-                unpacked.content,
-                checkpoint_id=save.checkpoint_id,
-                writer=unpacked.writer,
-                identity=place.session.identity,
-                rank=save.rank,
-                world_size=save.world_size,
-                memory=place.memory,
-                options=options,
-                announce=news.announce,
-                by_worker=True,
-            )
-            # Before the other ranks can be gone: if this process dies now, its parent knows.
-            news.look(COMMITTED)
-            return SaveAnswer(
-                generation=generation,
-                record=saved.record,
-                metadata=b"" if saved.record is not None else pickle.dumps(saved.metadata),
-            )
+            # How it ended is told before the operation is left, and with it the other ranks can
+            # be gone: if this process dies then, its parent has nobody left to ask.
+            try:
+                answer = self._save_in(operation, save, arena, place, options, news)
+            except BaseException as error:
+                news.fail(error, ended=True)
+                raise
+            news.succeed(answer)
+        return SaveAnswer(as_told=True)
+
+    def _save_in(
+        self,
+        operation: Operation,
+        save: SaveRequest,
+        arena: Arena,
+        place: _Place,
+        options: SaveOptions,
+        news: NewsSender,
+    ) -> SaveAnswer:
+        watched = WatchedOperation(operation, news.look, news.fail)
+        generation, unpacked = self._unpack_in_group(watched, save, arena, place)
+        news.writer = unpacked.writer
+        saved = carry_out(
+            watched,
+            unpacked.content,
+            checkpoint_id=save.checkpoint_id,
+            writer=unpacked.writer,
+            identity=place.session.identity,
+            rank=save.rank,
+            world_size=save.world_size,
+            memory=place.memory,
+            options=options,
+            announce=news.announce,
+            by_worker=True,
+        )
+        place.group_in_doubt = False
+        return SaveAnswer(
+            generation=generation,
+            record=saved.record,
+            metadata=b"" if saved.record is not None else pickle.dumps(saved.metadata),
+        )
 
     def _unpack_in_group(
         self, operation: Operation, save: SaveRequest, arena: Arena, place: _Place
@@ -173,11 +186,14 @@ class SaveHandler(Handler):
             return 0, unpacked[0]
         generation = join_group(
             operation,
-            joined=place.group.generation if dist.is_initialized() else 0,
+            joined=place.joined,
             seen=max(save.generation, place.group.generation),
             ensure=place.group.ensure,
             before=unpack,
         )
+        # What is the user's own may talk in it, and fail between two words: until it has gone
+        # well, other words than the right ones may be on their way.
+        place.group_in_doubt = isinstance(unpacked[0].content, ItemContent)
         return generation, unpacked[0]
 
     def _unpack(self, save: SaveRequest, arena: Arena) -> _Unpacked:
@@ -219,40 +235,20 @@ class _Place:
         has_group = bool(handle.identity.group)
         """Where the parent has none, a planner does not expect one here."""
         self.group = WorkerGroup(handle) if has_group else None
+        self.group_in_doubt = False
+        """A save failed that may have used it; the next one makes a new one."""
+
+    @property
+    def joined(self) -> int:
+        """The generation of the group that this worker is in, 0 for none."""
+        if self.group is None or self.group_in_doubt or not dist.is_initialized():
+            return 0
+        return self.group.generation
 
     def close(self) -> None:
         if self.group is not None:
             self.group.close()
         self.session.close()
-
-
-class _NewsSender:
-    """Tells the parent of phases at once, of bytes now and then."""
-
-    def __init__(self, request: WorkerRequest) -> None:
-        self.writer: StorageWriter | None = None
-        self._request = request
-        self._phase = ""
-        self._save_id = ""
-        self._next = 0.0
-
-    def announce(self, save_id: str) -> None:
-        if save_id != self._save_id:
-            self._save_id = save_id
-            self._send()
-
-    def look(self, phase: str) -> None:
-        if phase != self._phase or time.monotonic() >= self._next:
-            self._phase = phase
-            self._send()
-
-    def _send(self) -> None:
-        self._next = time.monotonic() + _NEWS_INTERVAL
-        writer = self.writer
-        written = writer.bytes_written if isinstance(writer, ColumnarWriter) else 0
-        self._request.progress(
-            encode(SaveNews(phase=self._phase, bytes_done=written, save_id=self._save_id))
-        )
 
 
 def _columns(part: ColumnPart, structure: ColumnStructure, arena: Arena) -> ColumnContent:

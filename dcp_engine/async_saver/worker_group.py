@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 
 import msgspec
 
+from dcp_engine.async_saver.lost_worker import heeding_a_lost_worker
 from dcp_engine.coordination.interface import Decision, Operation
 
 __all__ = ["alone", "join_group", "stay_out_of_group"]
@@ -75,7 +76,7 @@ def _run_checked(call: Callable[[], None], check: Callable[[], None]) -> None:
     threading.Thread(target=run, name="dcp_engine-join", daemon=True).start()
     while not wait([done], timeout=_LOOK).done:
         check()
-    done.result()
+    heeding_a_lost_worker(done.result, check)
 
 
 def stay_out_of_group(operation: Operation) -> None:

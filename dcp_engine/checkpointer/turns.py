@@ -55,7 +55,8 @@ class ParentTurns:
         if self._session is None:
             return None
         try:
-            return self._session.report_death(turn.number, coordinator_rank=0, error=error)
+            death = self._session.report_death(turn.number, coordinator_rank=0, error=error)
+            return death.outcome
         except CheckpointError:
             logger.warning("the other ranks could not be told: %s", error, exc_info=True)
             return "commit"  # it may have been

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dcp_engine.closing import Closing
-from dcp_engine.errors import UsageError
+from dcp_engine.errors import CheckpointException, UsageError
 
 __all__ = [
     "Deadlines",
+    "DeathVerdict",
     "Decision",
     "Operation",
     "OperationKind",
@@ -60,6 +61,16 @@ class RunIdentity:
     host: str
     boot_id: str
     pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeathVerdict:
+    """What became of an operation after a rank's process had died in it."""
+
+    outcome: Outcome | None = None
+    """How the save ends by the decision key; None where only the dead process knew."""
+    failure: CheckpointException | None = None
+    """What all ranks raise; None where nobody asked, or it could not be learned."""
 
 
 class Operation(Closing):
@@ -173,15 +184,31 @@ class Session(Closing):
         )
 
     def report_death(
-        self, number: int, *, coordinator_rank: int, error: BaseException
-    ) -> Outcome | None:
-        """The process that had begun operation ``number`` for this rank is dead: every other rank
-        fails with ``error`` of this rank, unless the operation was over for it.
+        self,
+        number: int,
+        *,
+        coordinator_rank: int,
+        error: BaseException,
+        checkpoint: str | None = None,
+    ) -> DeathVerdict:
+        """The process that had begun operation ``number`` for this rank, and had not left it, is
+        dead: every other rank fails with ``error`` of this rank, unless it has failed already or
+        the operation is over for it.
 
-        Returns how the save ends by the decision key, None where only the dead process knew.
-        Raises ``CoordinationError(kind="store_lost")`` when it cannot be known.
+        Args:
+            checkpoint: its name, if it is of interest with what all ranks fail: the others may
+                have failed, too. That takes a moment to be known.
+
+        Raises ``CoordinationError(kind="store_lost")`` when its outcome cannot be known.
         """
-        return None
+        return DeathVerdict()
+
+    def remove_remains(self, number: int) -> None:
+        """Remove what a process that died in operation ``number`` has left behind. Only once all
+        ranks have ended it, as they have when a later one has gone well that they begin after it.
+
+        Raises ``CoordinationError(kind="store_lost")``.
+        """
 
     def data_store(self, number: int) -> Any:
         """A c10d store (torch's type stubs do not name the class) for a process group that

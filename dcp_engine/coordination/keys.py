@@ -102,3 +102,15 @@ class OperationKeys:
     def leavers(self) -> str:
         """Counts the ranks that closed the operation; the last one removes the shared keys."""
         return f"{self.prefix}/bye"
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those that are there at most once in an operation."""
+        return (
+            self.first_event,
+            self.tally,
+            self.failures,
+            self.outcome,
+            self.decision,
+            self.leavers,
+        )

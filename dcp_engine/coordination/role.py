@@ -96,14 +96,7 @@ def _remove_shared(
         for rank in range(world_size):
             for key in (keys.report(rank), keys.answer(rank), keys.pulse(rank)):
                 client.delete(key)
-    for key in (
-        keys.first_event,
-        keys.tally,
-        keys.failures,
-        keys.outcome,
-        keys.decision,
-        keys.leavers,
-    ):
+    for key in keys.shared:
         client.delete(key)
 
 

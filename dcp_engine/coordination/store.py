@@ -10,20 +10,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed
 
 from dcp_engine.coordination.address import StoreAddress, without_prefix
 from dcp_engine.coordination.address import connect as connect_to
-from dcp_engine.coordination.death import report_death
+from dcp_engine.coordination.death import remove_remains, report_death
 from dcp_engine.coordination.failures import capture
 from dcp_engine.coordination.handshake import agree_on_session
 from dcp_engine.coordination.identity import identity_here
 from dcp_engine.coordination.interface import (
     Deadlines,
+    DeathVerdict,
     OperationKind,
-    Outcome,
     RunIdentity,
     Session,
     SessionHandle,
@@ -41,6 +41,7 @@ __all__ = ["StoreSession", "StoreSessionHandle"]
 
 _distributed: Any = torch.distributed
 """The store classes, which torch's type stubs know only in part."""
+_Result = TypeVar("_Result")
 _DEATH_PATIENCE = 30.0
 """Seconds that the store has for the messages of a dead worker's parent."""
 
@@ -305,26 +306,51 @@ class StoreSession(Session):
         """The next number; see the interface."""
         return self._numbers.take()
 
-    def report_death(self, number: int, *, coordinator_rank: int, error: BaseException) -> Outcome:
+    def report_death(
+        self,
+        number: int,
+        *,
+        coordinator_rank: int,
+        error: BaseException,
+        checkpoint: str | None = None,
+    ) -> DeathVerdict:
         """Fail operation ``number`` for all ranks; see the interface."""
-        self._refuse_if_closed()
         record = capture(self.rank, error)
+        return self._say(
+            number,
+            lambda client, keys: report_death(
+                client,
+                keys,
+                record,
+                coordinator=coordinator_rank,
+                world_size=self.world_size,
+                checkpoint=checkpoint,
+                patience=self._rhythm.slack,
+            ),
+        )
 
-        def report() -> Outcome:
+    def remove_remains(self, number: int) -> None:
+        """Remove what is left of operation ``number``; see the interface."""
+        self._say(
+            number,
+            lambda client, keys: remove_remains(
+                client, keys, rank=self.rank, world_size=self.world_size
+            ),
+        )
+
+    def _say(self, number: int, say: Callable[[StoreClient, OperationKeys], _Result]) -> _Result:
+        """Have something to say in operation ``number`` for a process that is dead."""
+        self._refuse_if_closed()
+
+        def run() -> _Result:
             client = self._lend()
             client.patience = _DEATH_PATIENCE
             try:
-                return report_death(
-                    client,
-                    OperationKeys(f"{self.prefix()}/{number}"),
-                    record,
-                    coordinator=coordinator_rank,
-                    world_size=self.world_size,
-                )
+                return say(client, OperationKeys(f"{self.prefix()}/{number}"))
             finally:
                 self._take_back(client)
 
-        return run_watched(report, 2 * _DEATH_PATIENCE, self._location)
+        return run_watched(run, 2 * _DEATH_PATIENCE, self._location)
 
     def close(self) -> None:
         """Drop the idle connections; those in use are dropped when their operation ends."""

@@ -31,6 +31,7 @@ from dcp_engine.engine.save_ids import SaveIds
 from dcp_engine.engine.sessions import Place, Sessions
 from dcp_engine.errors import StorageError, UsageError
 from dcp_engine.executors.main_end import call_at_main_end
+from dcp_engine.executors.process.settings import MAX_NICE
 from dcp_engine.loader import LoadOptions, LoadReport, load
 from dcp_engine.loader.options import LOAD_PHASES, SHARED_READS, PerRankPolicy, SharedReads
 from dcp_engine.loader.verify import VerifyLevel
@@ -63,6 +64,9 @@ class Engine:
         drain_at_exit: whether the end of the program waits for pending asynchronous saves. If not,
             they are given up, and that is logged.
         drain_timeout: seconds that it, and ``close``, wait for them.
+        nice: 0 to 19, by how much asynchronous saves give way to training on busy processors: added
+            to the nice value of the worker process (None: 15), and, on Linux, of the thread that
+            digests and writes where a save by a thread goes to a file system (None: 5).
 
     The session with the other ranks opens at the first operation that needs it, which must be
     the same one on all ranks. A context manager; ``close`` may be called twice.
@@ -78,13 +82,17 @@ class Engine:
         max_pending: int = 1,
         drain_at_exit: bool = True,
         drain_timeout: float | None = 600.0,
+        nice: int | None = None,
     ) -> None:
+        if nice is not None and not 0 <= nice <= MAX_NICE:
+            raise UsageError(f"nice is {nice}", hint=f"it is a number from 0 to {MAX_NICE}")
         self._limits = TimeLimits(timeout=timeout, stall_timeout=stall_timeout)
         self._sessions = Sessions(process_group, connect_timeout=connect_timeout)
         self._save_ids = SaveIds()
         self._max_pending = max_pending
         self._drain_at_exit = drain_at_exit
         self._drain_timeout = drain_timeout
+        self._nice = nice
         self._async: AsyncSaver | None = None
         self._patience_is_over = False
         """At the end of the program ``drain_timeout`` was not enough."""
@@ -375,7 +383,9 @@ class Engine:
     def _async_saver(self, place: Place) -> AsyncSaver:
         self._sessions.refuse_if_closed()
         if self._async is None:
-            self._async = AsyncSaver(place.group.rank, max_pending=self._max_pending)
+            self._async = AsyncSaver(
+                place.group.rank, max_pending=self._max_pending, nice=self._nice
+            )
             # This holds the engine, so that no save is lost with an engine that nobody holds.
             atexit.register(self.close_at_exit)
             call_at_main_end(self._drain_at_main_end)

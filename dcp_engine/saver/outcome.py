@@ -22,7 +22,13 @@ from dcp_engine.errors import (
     CoordinationError,
 )
 
-__all__ = ["commit_once", "finish_commit", "heeding_the_first_failure", "settle_failure"]
+__all__ = [
+    "commit_once",
+    "finish_commit",
+    "heeding_the_first_failure",
+    "proved_uncommitted",
+    "settle_failure",
+]
 
 _WORD_TAKES = 3.0
 """Seconds for another rank's failure to be heard of here."""
@@ -133,14 +139,14 @@ def _in_doubt(operation: Operation, error: BaseException) -> bool:
             return False
     except CheckpointError:
         return True
-    return not _proved_uncommitted(operation, error)
+    return not proved_uncommitted(error, operation.coordinator_rank)
 
 
-def _proved_uncommitted(operation: Operation, error: BaseException) -> bool:
+def proved_uncommitted(error: BaseException, coordinator_rank: int) -> bool:
     """The decision was ``commit``; did the coordinator itself say that it replaced nothing?"""
     if not isinstance(error, CheckpointException):
         return False
-    failure = error.failures.get(operation.coordinator_rank)
+    failure = error.failures.get(coordinator_rank)
     if failure is None:
         return False
     cause = failure[0]

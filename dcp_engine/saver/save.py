@@ -192,6 +192,7 @@ def carry_out(
     announce: Callable[[str], None] | None = None,
     by_worker: bool = False,
     beside_training: bool = False,
+    nice: int = 0,
 ) -> Saved:
     """Save ``content`` as this rank's part of ``operation``, which stays the caller's to close.
 
@@ -201,6 +202,7 @@ def carry_out(
         announce: told the save id as soon as there is one.
         by_worker: this is not the process that asked for the save.
         beside_training: training goes on in this process meanwhile.
+        nice: then, by how much threads that only write give way to others.
     """
     name = checkpoint_name(checkpoint_id, writer)
     ticket = _ticket_maker(
@@ -211,6 +213,7 @@ def carry_out(
         announce,
         by_worker=by_worker,
         beside_training=beside_training,
+        nice=nice,
     )
     if isinstance(content, ItemContent):
         _refuse_what_items_cannot(writer, content.planner, options, name)
@@ -288,6 +291,7 @@ def _ticket_maker(
     *,
     by_worker: bool,
     beside_training: bool,
+    nice: int,
 ) -> Callable[[str], SaveTicket]:
     def ticket(save_id: str) -> SaveTicket:
         if announce is not None:
@@ -304,6 +308,7 @@ def _ticket_maker(
             keep_replaced=options.keep_replaced,
             by_worker=by_worker,
             beside_training=beside_training,
+            nice=nice if beside_training else 0,
         )
 
     return ticket

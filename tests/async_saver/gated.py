@@ -5,10 +5,13 @@ A gate is a directory: whoever comes to it touches ``entered`` and waits for ``r
 
 from __future__ import annotations
 
+import importlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,38 @@ class GatedWriter(dcp.FileSystemWriter):
         return result
 
 
+class HeldWriter(dcp.FileSystemWriter):
+    """Where it is unpickled in another process, holds that one up before or after a call there.
+
+    Args:
+        method: ``module:function`` or ``module:Class.method``.
+    """
+
+    def __init__(self, path: Path | str, gate: Gate, method: str, *, after: bool = False) -> None:
+        super().__init__(path)
+        self.gate, self.method, self.after = gate, method, after
+        self.made_in = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if os.getpid() == self.made_in:
+            return
+        module, _, path = self.method.partition(":")
+        *names, attribute = path.split(".")
+        owner = reduce(getattr, names, importlib.import_module(module))
+        gate, after, real = self.gate, self.after, getattr(owner, attribute)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            if not after:
+                gate.stop_here()
+            result = real(*args, **kwargs)
+            if after:
+                gate.stop_here()
+            return result
+
+        setattr(owner, attribute, held)
+
+
 class Unpicklable(Exception):
     """Holds something that no pickle takes."""
 
@@ -108,11 +143,18 @@ class Boom(Exception):
 
 
 class FailingWriter(dcp.FileSystemWriter):
-    """Raises in ``write_columns``."""
+    """Raises in ``write_columns``, and may be held up as it tidies up after that."""
 
-    def __init__(self, path: Path | str, *, unpicklable: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, *, unpicklable: bool = False, gate: Gate | None = None
+    ) -> None:
         super().__init__(path)
-        self.unpicklable = unpicklable
+        self.unpicklable, self.gate = unpicklable, gate
+
+    def abort_save(self) -> None:
+        if self.gate is not None:
+            self.gate.stop_here()
+        super().abort_save()
 
     def write_columns(self, *args: Any) -> Any:
         raise Unpicklable("not to be pickled") if self.unpicklable else Boom("on purpose")

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import dcp_engine as dcp
-from dcp_engine.executors.process import launch
+from dcp_engine.async_saver import AsyncSaver, in_process
+from dcp_engine.executors.process import WorkerProcess, WorkerSettings, launch
 from dcp_engine.staging.copier import Copier
 from tests.async_saver.gated import (
     Boom,
@@ -26,6 +27,7 @@ from tests.async_saver.gated import (
     FailingWriter,
     Gate,
     GatedWriter,
+    HeldWriter,
     UnpicklablePlanner,
     wait_until,
 )
@@ -51,6 +53,24 @@ def save(engine: dcp.Engine, path: Path, value: float, **options: Any) -> dcp.As
     response = engine.async_save(state, async_checkpointer_type=PROCESS, **options)
     overwrite(state)
     return response
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 15), (0, 0), (3, 3)])
+def test_a_worker_gives_way(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, expected: int
+) -> None:
+    """How it does: ``tests/executors``."""
+    started: list[WorkerSettings] = []
+
+    class Worker(WorkerProcess):
+        def start(self) -> None:
+            started.append(self.settings)
+
+    monkeypatch.setattr(in_process, "WorkerProcess", Worker)
+    saver = AsyncSaver(0, nice=given)
+    saver._process.start()
+    saver.close(0)
+    assert [settings.nice for settings in started] == [expected]
 
 
 def gone(pid: int) -> bool:
@@ -148,6 +168,60 @@ def test_a_worker_killed_after_the_commit(engine: dcp.Engine, tmp_path: Path) ->
     os.kill(engine.worker_pid, signal.SIGKILL)
     assert "plain" in response.result(LIMIT).state_dict_metadata, "it is committed, and known to be"
     assert_holds(tmp_path / "c", 2)
+
+
+def test_a_worker_killed_as_it_tidies_up_does_not_hide_the_failure(
+    engine: dcp.Engine, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    writer = FailingWriter(tmp_path / "c", gate=gate)
+    response = save(engine, tmp_path / "c", 2, storage_writer=writer)
+    gate.wait_for_visitor()
+    assert engine.worker_pid is not None
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    with pytest.raises(dcp.CheckpointException) as caught:
+        response.result(LIMIT)
+    assert isinstance(caught.value.failures[0][0], Boom)
+    assert "then the worker was lost" in "".join(caught.value.__notes__)
+
+
+def test_a_worker_killed_when_all_is_said(engine: dcp.Engine, tmp_path: Path) -> None:
+    """It has left the operation, and has yet to answer."""
+    gate = Gate(tmp_path / "gate")
+    close = "dcp_engine.coordination.single:SingleOperation.close"
+    writer = HeldWriter(tmp_path / "c", gate, close, after=True)
+    planner = CountingPlanner()
+    response = save(engine, tmp_path / "c", 2, storage_writer=writer, planner=planner)
+    gate.wait_for_visitor()
+    assert engine.worker_pid is not None
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    assert "plain" in response.result(LIMIT).state_dict_metadata
+    assert_holds(tmp_path / "c", 2)
+
+
+def test_a_stopped_worker_is_killed(engine: dcp.Engine, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    writer = GatedWriter(tmp_path / "c", gate, "write_columns")
+    response = save(engine, tmp_path / "c", 2, storage_writer=writer, stall_timeout=0.5)
+    gate.wait_for_visitor()
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(dcp.CheckpointException, match=f"{pid}.* was stopped") as caught:
+        response.result(LIMIT)
+    assert caught.value.kind == "stalled"
+    assert list(caught.value.failures) == [0]
+    assert gone(pid)
+
+
+def test_a_worker_that_was_stopped_before_is_replaced(engine: dcp.Engine, tmp_path: Path) -> None:
+    save(engine, tmp_path / "c", 1).result(LIMIT)
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    save(engine, tmp_path / "c", 2, stall_timeout=0.5).result(LIMIT)
+    assert_holds(tmp_path / "c", 2)
+    assert gone(pid)
 
 
 def test_a_worker_killed_while_idle_costs_nothing(engine: dcp.Engine, tmp_path: Path) -> None:

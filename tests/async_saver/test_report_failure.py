@@ -1,17 +1,20 @@
-"""What a rank raises that failed before its save could begin, when another one failed first."""
+"""A rank that failed before its save could begin: what it raises, and what it keeps."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
+import torch
 
 import dcp_engine as dcp
 from dcp_engine.async_saver.in_thread import report_failure
 from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.coordination.failures import capture, exception_of
 from dcp_engine.coordination.interface import Deadlines
+from dcp_engine.executors.ordered_thread import OrderedThread
 from dcp_engine.saver.options import SaveOptions
 from dcp_engine.saver.plan_memory import PlanMemory
 from dcp_engine.state.adapters import GroupRanks
@@ -63,3 +66,20 @@ def test_an_exit_of_its_own_is_raised_again(job: SaveJob, error: BaseException) 
 def test_any_other_error_gives_way_to_the_verdict(job: SaveJob) -> None:
     with pytest.raises(dcp.CheckpointException, match="rank 1 was first"):
         report_failure(job, ValueError("rank 0 came second"), "staging")
+
+
+def test_a_save_that_no_thread_takes_keeps_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the interpreter ends; here it goes on."""
+    state = {"w": torch.ones(4)}
+
+    def refuse(thread: OrderedThread, fn: Any) -> Any:
+        raise dcp.UsageError("no thread left")
+
+    with dcp.Engine() as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(OrderedThread, "submit", refuse)
+            with pytest.raises(dcp.UsageError, match="no thread left"):
+                engine.async_save(state, checkpoint_id=tmp_path)
+        engine.async_save(state, checkpoint_id=tmp_path, timeout=5).result(5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
+from storage_backends import filesystem_store
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
 from tests.async_saver.states import (
     assert_holds,
@@ -27,6 +30,11 @@ LIMIT = 60
 
 class Boom(Exception):
     """What an injected fault raises."""
+
+
+def none_left(nbytes: int) -> None:
+    """For ``require_memory``."""
+    raise dcp.StagingError("no memory", kind="out_of_memory")
 
 
 @pytest.fixture
@@ -216,9 +224,6 @@ def test_what_cannot_be_saved_is_refused_at_the_call(engine: dcp.Engine, tmp_pat
 def test_too_little_memory(
     engine: dcp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left(nbytes: int) -> None:
-        raise dcp.StagingError("no memory", kind="out_of_memory")
-
     monkeypatch.setattr("dcp_engine.staging.arena.require_memory", none_left)
     large = {"w": torch.ones(1 << 20)}
     with pytest.raises(dcp.StagingError, match="no memory"):
@@ -230,6 +235,48 @@ def test_too_little_memory(
     assert torch.equal(into["w"], large["w"])
     with pytest.raises(dcp.UsageError, match="on_low_memory"):
         engine.async_save(large, checkpoint_id=tmp_path / "c", on_low_memory="maybe")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no nice value here")
+def test_only_the_writing_gives_way(
+    engine: dcp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = filesystem_store.pwrite_all
+    seen: set[tuple[str, int]] = set()
+
+    def look(descriptor: int, *args: Any) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        kind = "data" if name.endswith(".safetensors") else "other"
+        seen.add((kind, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        write(descriptor, *args)
+
+    monkeypatch.setattr(filesystem_store, "pwrite_all", look)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    lowered = min(own + 5, 19)
+
+    def writers() -> set[tuple[str, int]]:
+        found = set(seen)
+        seen.clear()
+        return found
+
+    for turn in range(2):
+        engine.async_save(every_kind(turn), checkpoint_id=tmp_path / "c").result(LIMIT)
+        assert writers() == {("data", lowered), ("other", own)}
+        engine.save(every_kind(turn), checkpoint_id=tmp_path / "c", no_dist=True)
+        assert writers() == {("data", own), ("other", own)}
+    for nice in (0, 19):
+        with dcp.Engine(nice=nice) as other:
+            other.async_save(every_kind(), checkpoint_id=tmp_path / "c").result(LIMIT)
+        assert writers() == {("data", min(own + nice, 19)), ("other", own)}
+    # Who waits for it wants it soon.
+    monkeypatch.setattr("dcp_engine.staging.arena.require_memory", none_left)
+    large = {"w": torch.ones(1 << 20)}
+    response = engine.async_save(large, checkpoint_id=tmp_path / "c", on_low_memory="sync")
+    response.result(LIMIT)
+    assert writers() == {("data", own), ("other", own)}
+    for nice in (-1, 20):
+        with pytest.raises(dcp.UsageError, match="nice"):
+            dcp.Engine(nice=nice)
 
 
 def test_extra_files_are_those_of_the_call(engine: dcp.Engine, tmp_path: Path) -> None:

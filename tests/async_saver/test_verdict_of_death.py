@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import torch
 
 import dcp_engine as dcp
 from dcp_engine.async_saver.job import SaveJob
-from dcp_engine.async_saver.messages import COMMITTED
 from dcp_engine.async_saver.verdict_of_death import settle_dead_worker
 from dcp_engine.coordination.identity import run_identity
-from dcp_engine.coordination.interface import Outcome
+from dcp_engine.coordination.interface import DeathVerdict, Outcome
 from dcp_engine.coordination.single import SingleSession
 from dcp_engine.errors import CoordinationError
 from dcp_engine.saver import PlanMemory, SaveOptions
@@ -24,17 +24,21 @@ OTHER = "0" * 32
 
 
 class OneOfTwo(SingleSession):
-    """Rank 1 of two, whose operation ended as it is told; None: the store is lost."""
+    """Rank 1 of two, whose operation ended as it is told; None: the store is lost. ``failure`` is
+    what all ranks raise."""
 
-    def __init__(self, outcome: Outcome | None) -> None:
+    def __init__(
+        self, outcome: Outcome | None, failure: dcp.CheckpointException | None = None
+    ) -> None:
         super().__init__(run_identity(""))
         self.rank, self.world_size = 1, 2
         self.outcome = outcome
+        self.failure = failure
 
-    def report_death(self, number: int, **options: Any) -> Outcome:
+    def report_death(self, number: int, **options: Any) -> DeathVerdict:
         if self.outcome is None:
             raise CoordinationError("gone", kind="store_lost")
-        return self.outcome
+        return DeathVerdict(outcome=self.outcome, failure=self.failure)
 
 
 class Foreign(dcp.StorageWriter):
@@ -52,11 +56,18 @@ def committed(tmp_path: Path) -> str:
 
 
 def settle(
-    path: Path, outcome: Outcome | None, save_id: str, phase: str, *, foreign: bool = False
+    path: Path,
+    outcome: Outcome | None,
+    save_id: str,
+    phase: str,
+    *,
+    foreign: bool = False,
+    told: dcp.CheckpointException | None = None,
+    failure: dcp.CheckpointException | None = None,
 ) -> str:
     """``committed``, or the kind of the failure."""
     job = SaveJob(
-        session=OneOfTwo(outcome),
+        session=OneOfTwo(outcome, failure),
         number=0,
         checkpoint_id=str(path),
         writer=Foreign() if foreign else dcp.FileSystemWriter(path),  # type: ignore[abstract]
@@ -67,18 +78,21 @@ def settle(
     )
     try:
         settle_dead_worker(
-            job, CoordinationError("died", kind="worker_died"), save_id=save_id, phase=phase
+            job,
+            CoordinationError("died", kind="worker_died"),
+            save_id=save_id,
+            phase=phase,
+            told=told,
         )
     except dcp.CheckpointException as error:
+        assert error is not told or "then the worker was lost" in "".join(error.__notes__)
         return error.kind
     return "committed"
 
 
 def test_what_is_committed_is_no_failure(tmp_path: Path, committed: str) -> None:
-    """The other ranks had gone on, and this one's word came too late to be heard: there was
-    nothing left of the operation but its manifest."""
-    for phase in ("write", COMMITTED):
-        assert settle(tmp_path, "abort", committed, phase) == "committed"
+    """The manifest is the last word, whatever the ranks say."""
+    assert settle(tmp_path, "abort", committed, "write") == "committed"
     assert settle(tmp_path, "commit", committed, "write") == "committed"
 
 
@@ -94,6 +108,34 @@ def test_what_nobody_can_say_is_in_doubt(
     monkeypatch.setattr("dcp_engine.async_saver.verdict_of_death._COMMIT_PATIENCE", 0.0)
     assert settle(tmp_path, None, committed, "write") == "commit_in_doubt"
     assert settle(tmp_path, "commit", OTHER, "write") == "commit_in_doubt"
-    assert settle(tmp_path, "abort", OTHER, COMMITTED) == "commit_in_doubt"
-    assert settle(tmp_path, "abort", OTHER, COMMITTED, foreign=True) == "commit_in_doubt"
     assert settle(tmp_path, "abort", OTHER, "write", foreign=True) == "worker_died"
+
+
+def failed(kind: str, *causes: BaseException | None) -> dcp.CheckpointException:
+    """On the ranks that have a cause."""
+    stack = traceback.StackSummary.from_list([])
+    failures = {rank: (cause, stack) for rank, cause in enumerate(causes) if cause is not None}
+    return dcp.CheckpointException("the first one", failures, kind=kind)
+
+
+def test_what_the_save_had_failed_with_is_what_it_fails_with(
+    tmp_path: Path, committed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker died as it tidied up: ``told`` by itself, or known to the other ranks."""
+    monkeypatch.setattr("dcp_engine.async_saver.verdict_of_death._COMMIT_PATIENCE", 0.0)
+    full = dcp.StorageError("full", kind="disk_full")
+    for phase in ("write", "commit"):
+        for how in ("told", "failure"):
+            first = {how: failed("disk_full", None, full)}
+            assert settle(tmp_path, "abort", OTHER, phase, **first) == "disk_full"
+            assert settle(tmp_path, "abort", "", phase, **first) == "disk_full"
+            # The coordinator itself says that it replaced nothing.
+            first = {how: failed("disk_full", full)}
+            assert settle(tmp_path, "commit", OTHER, phase, **first) == "disk_full"
+            first = {how: failed("commit_in_doubt", full)}
+            assert settle(tmp_path, "commit", OTHER, phase, **first) == "commit_in_doubt"
+            # It was to commit, and then nobody heard of it.
+            silent = CoordinationError("missing", kind="stalled")
+            first = {how: failed("stalled", silent)}
+            assert settle(tmp_path, "commit", OTHER, phase, **first) == "commit_in_doubt"
+            assert settle(tmp_path, "commit", committed, phase, **first) == "committed"

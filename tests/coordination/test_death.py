@@ -25,8 +25,12 @@ stores: Any = dist
 
 
 @pytest.fixture
-def sessions() -> Iterator[list[StoreSession]]:
-    server = stores.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+def server() -> Any:
+    return stores.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+
+
+@pytest.fixture
+def sessions(server: Any) -> Iterator[list[StoreSession]]:
     address = address_of(server)
     assert address is not None
 
@@ -97,13 +101,13 @@ def test_the_others_fail_by_name(
             dead.step("first", lambda: b"", lambda _: Decision())
             for rank in others:
                 assert entered[rank].wait(20)
-        outcome = sessions[victim].report_death(
+        death = sessions[victim].report_death(
             0, coordinator_rank=0, error=CoordinationError("gone", kind="worker_died")
         )
         errors = {rank: future.result(30) for rank, future in others.items()}
         if begun:
             dead.close()  # only the test's own threads end by this
-    assert outcome == "abort"
+    assert death.outcome == "abort"
     for rank, error in errors.items():
         assert isinstance(error, CheckpointException), rank
         assert list(error.failures) == [victim], rank
@@ -118,12 +122,87 @@ def test_what_was_decided_stays(sessions: list[StoreSession]) -> None:
     dead = worker.begin("save", "c", deadlines=DEADLINES, number=0)
     assert dead.decide_once("commit") == "commit"
     error = CoordinationError("gone", kind="worker_died")
-    assert sessions[0].report_death(0, coordinator_rank=0, error=error) == "commit"
-    assert sessions[1].report_death(0, coordinator_rank=0, error=error) == "commit"
+    for session in sessions[:2]:
+        assert session.report_death(0, coordinator_rank=0, error=error).outcome == "commit"
     dead.close()
 
 
 def test_a_rank_alone_has_nobody_to_tell() -> None:
     session = SingleSession(run_identity(""))
     error = CoordinationError("gone", kind="worker_died")
-    assert session.report_death(session.take_number(), coordinator_rank=0, error=error) is None
+    number = session.take_number()
+    death = session.report_death(number, coordinator_rank=0, error=error, checkpoint="c")
+    assert (death.outcome, death.failure) == (None, None)
+    session.remove_remains(number)
+
+
+def end_on(session: StoreSession, *, fails: bool = False) -> BaseException | None:
+    """The whole operation, which one rank may fail."""
+
+    def local() -> bytes:
+        if fails:
+            raise ValueError("no more")
+        return b""
+
+    try:
+        with session.begin("save", "c", deadlines=DEADLINES) as operation:
+            operation.step("only", local, lambda _: Decision())
+    except CheckpointException as error:
+        return error
+    return None
+
+
+def test_it_learns_what_all_ranks_fail_with(sessions: list[StoreSession]) -> None:
+    """Rank 2 fails; of rank 1 only its own process is left to say anything."""
+    with ThreadPoolExecutor(WORLD) as pool:
+        first = pool.submit(end_on, sessions[0])
+        second = pool.submit(end_on, sessions[2], fails=True)
+        error = CoordinationError("gone", kind="worker_died")
+        death = sessions[1].report_death(0, coordinator_rank=0, error=error, checkpoint="c")
+        others = [first.result(30), second.result(30)]
+    assert death.failure is not None
+    for other in others:
+        assert isinstance(other, CheckpointException)
+        assert list(death.failure.failures) == list(other.failures)
+        assert death.failure.kind == other.kind
+
+
+def test_it_learns_what_was_settled_before(sessions: list[StoreSession]) -> None:
+    """Of the coordinator only its own process is left; another rank had given it up."""
+    error = CoordinationError("gone", kind="worker_died")
+    deaths = [
+        sessions[0].report_death(0, coordinator_rank=0, error=error, checkpoint="c")
+        for error in (error, CoordinationError("gone again", kind="worker_died"))
+    ]
+    assert [str(death.failure) for death in deaths] == [str(deaths[0].failure)] * 2
+
+
+def keys_of(store: Any) -> int:
+    return int(store.num_keys())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("left", [True, False])
+def test_what_a_dead_rank_leaves_can_be_removed(
+    sessions: list[StoreSession], server: Any, victim: int, left: bool
+) -> None:
+    """It died before it was counted as gone, or after it, when nobody was left to be told."""
+    before = keys_of(server)
+    worker = sessions[victim].handle().attach()
+    with ThreadPoolExecutor(WORLD) as pool:
+        others = [pool.submit(end_on, s) for r, s in enumerate(sessions) if r != victim]
+        dead = worker.begin("save", "c", deadlines=DEADLINES, number=0)
+        dead.step("only", lambda: b"", lambda _: Decision())
+        assert [other.result(30) for other in others] == [None, None]
+        assert dead._thread is not None
+        if left:
+            dead.close()
+            assert keys_of(server) == before
+            error = CoordinationError("gone", kind="worker_died")
+            sessions[victim].report_death(0, coordinator_rank=0, error=error)
+        else:
+            assert dead._thread.stop(30)  # it says nothing more
+        assert keys_of(server) > before
+        for rank in (victim, 2):
+            sessions[rank].remove_remains(0)
+        assert keys_of(server) == before

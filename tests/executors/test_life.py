@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 
 from dcp_engine.errors import UsageError
-from dcp_engine.executors.process import WorkerError, WorkerProcess, WorkerSettings
+from dcp_engine.executors.process import (
+    WorkerError,
+    WorkerProcess,
+    WorkerSettings,
+    standstill,
+)
 from tests.executors.conftest import LIMIT, ROOT, Make
 
 
@@ -237,6 +242,56 @@ def test_a_worker_that_does_not_read_is_given_up(make: Make) -> None:
     with pytest.raises(WorkerError, match="SIGKILL") as died:
         worker.call("echo")
     assert died.value.kind == "worker_died"
+
+
+@pytest.mark.parametrize("size", [1, 8 << 20])
+def test_a_worker_that_is_stopped_for_too_long_is_killed(make: Make, size: int) -> None:
+    """Before it has taken the request, or behind it."""
+    worker = make(rank=5)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match=r'stopped for .* s, with "echo" in') as stopped:
+        worker.call("echo", bytes(size), stall_timeout=0.1)
+    assert (stopped.value.kind, stopped.value.rank) == ("stalled", 5)
+    until(lambda: not worker.alive)
+
+
+def test_only_a_worker_that_is_not_stopped_has_a_grace(make: Make) -> None:
+    worker = make()
+    assert worker.pid is not None
+    assert worker.call("echo", b"late", timeout=0.0, grace=LIMIT) == b"late"
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="no answer") as late:
+        worker.call("echo", timeout=0.0, grace=LIMIT * 100)
+    assert late.value.kind == "timeout"
+
+
+def test_a_stop_counts_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, now = [False], [0.0]
+    monkeypatch.setattr(standstill, "is_stopped", lambda pid: stopped[0])
+    look = standstill.Standstill(1, 3.0, now=lambda: now[0])
+
+    def looked(after: float, *, is_stopped: bool) -> bool:
+        now[0] += after
+        stopped[0] = is_stopped
+        return look.look()
+
+    assert not looked(10.0, is_stopped=True)
+    assert not looked(1.0, is_stopped=True)
+    assert not looked(1.0, is_stopped=False)
+    assert look.seconds == 0.0, "it went on"
+    assert not looked(1.0, is_stopped=True)
+    assert not looked(1000.0, is_stopped=True), "this process did not run either"
+    assert looked(1.0, is_stopped=True)
+    forever = standstill.Standstill(1, None, now=lambda: now[0])
+    forever.look()
+    now[0] += 1.0
+    assert not forever.look()
+
+
+def test_processes_that_are_not_stopped() -> None:
+    assert not standstill.is_stopped(os.getpid())
+    assert not standstill.is_stopped(-1)
 
 
 # -- closing -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tests.async_saver.gated import (
     FailingWriter,
     Gate,
     GatedWriter,
+    HeldWriter,
     copying_begins_when,
     wait_until,
 )
@@ -187,18 +188,47 @@ class AskingPlanner(dcp.DefaultSavePlanner):
         return super().create_local_plan()
 
 
-KILLED_IN = [
-    (1, "begin_save"),
-    (1, "write_columns"),
-    (0, "observe"),
-    (0, "write_columns"),
-    (0, "commit_columns"),
-    (0, "start"),
-    (1, "start"),
-    (1, "staging"),
-]
-"""Ranks, and methods of the writer; ``observe`` is in the plan, ``start`` before all of them, and
-``staging`` while the parent copies in the background."""
+class LeavingPlanner(dcp.DefaultSavePlanner):
+    """Fails in the middle of a collective, of which one rank has sent its part."""
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.full((1,), 100.0), async_op=True)
+        raise ValueError("out of here")
+
+
+KILLED_IN = {
+    "saving": [
+        (1, "begin_save"),
+        (1, "write_columns"),
+        (0, "observe"),
+        (0, "write_columns"),
+        (0, "commit_columns"),
+        (0, "start"),
+        (1, "staging"),
+        (1, "join"),
+    ],
+    "meeting": [(1, "start"), (0, "join"), (0, "joined"), (1, "joined")],
+    "leaving": [(0, "tidying"), (1, "tidying"), (0, "left"), (1, "left")],
+    "stopped": [
+        (0, "stopped write_columns"),
+        (1, "stopped write_columns"),
+        (0, "stopped join"),
+        (1, "stopped join"),
+    ],
+}
+"""Ranks, and methods of the writer; ``observe`` is in the plan, ``start`` before all of them,
+``staging`` while the parent copies in the background, ``tidying`` after a failure, and for the
+others see ``HELD``."""
+HELD = {
+    "join": ("torch.distributed:init_process_group", False),
+    "joined": ("torch.distributed:init_process_group", True),
+    "left": ("dcp_engine.coordination.operation:StoreOperation.close", True),
+}
+"""Calls in a worker, and whether it is held up after them: as it is about to meet the other
+workers, when it has met them, and when it has left the operation and has yet to answer."""
+STALL = 12.0
+"""Seconds for which a worker may be stopped."""
 
 
 def kill_idle_worker(engine: dcp.Engine) -> None:
@@ -229,51 +259,72 @@ def save_and_kill_while_copying(
     return response
 
 
-def kill_workers(path: str, gates: str) -> list[dict[str, Any]]:
+def held_up(path: str, gate: Gate, method: str) -> dcp.StorageWriter:
+    """A writer whose worker stops at the gate, in a method or at a moment of its own."""
+    if method == "tidying":
+        return FailingWriter(path, gate=gate)
+    if method in HELD:
+        where, after = HELD[method]
+        return HeldWriter(path, gate, where, after=after)
+    return GatedWriter(path, gate, method)
+
+
+def kill_workers(path: str, gates: str, moments: str) -> list[dict[str, Any]]:
     """Kill a rank's worker in a method, for several; after each the next save works."""
     rank = dist.get_rank()
     found = []
     with dcp.Engine() as engine:
         save(engine, "process", path, 0.0).result(LIMIT)
-        for number, (victim, method) in enumerate(KILLED_IN):
+        for number, (victim, moment) in enumerate(KILLED_IN[moments]):
+            method = moment.removeprefix("stopped ")
             value = float(number)
             gate = Gate(Path(gates) / f"{number}-{rank}")
             writer: dcp.StorageWriter = dcp.FileSystemWriter(path)
             if rank == victim:
-                writer = GatedWriter(path, gate, method)
-                if method == "start":
-                    kill_idle_worker(engine)
+                writer = held_up(path, gate, method)
+                if method in ("start", "join", "joined"):
+                    kill_idle_worker(engine)  # a new one joins the others anew
             if method == "staging" and rank == victim:
                 response = save_and_kill_while_copying(engine, path, 99.0)
             else:
-                response = save(engine, "process", path, 99.0, storage_writer=writer)
+                options = {"stall_timeout": STALL} if moment != method else {}
+                response = save(engine, "process", path, 99.0, storage_writer=writer, **options)
             if rank == victim and method != "staging":
                 if method != "start":
                     gate.wait_for_visitor()
                 assert engine.worker_pid is not None
-                os.kill(engine.worker_pid, signal.SIGKILL)
+                os.kill(engine.worker_pid, signal.SIGKILL if moment == method else signal.SIGSTOP)
             killed = outcome(response)
             before = holds(path, value if killed["failed"] else 99.0)
             save(engine, "process", path, value + 1).result(LIMIT)
-            after = holds(path, value + 1)
             found.append(
-                {"victim": victim, "method": method, **killed, "before": before, "after": after}
+                {
+                    "victim": victim,
+                    "method": moment,
+                    **killed,
+                    "before": before,
+                    "after": holds(path, value + 1),
+                }
             )
-        planner = AskingPlanner(Path(gates))
         state = content(50.0)
         del state["own"]  # no planner but the engine's own knows of PerRank
-        engine.async_save(
-            state,
-            checkpoint_id=f"{path}-planned",
-            planner=planner,
-            async_checkpointer_type=KINDS["process"],
-            timeout=LIMIT,
-        ).result(LIMIT)
+        pid = engine.worker_pid
+        for planner in (LeavingPlanner(), AskingPlanner(Path(gates))):
+            response = engine.async_save(
+                state,
+                checkpoint_id=f"{path}-planned",
+                planner=planner,
+                async_checkpointer_type=KINDS["process"],
+                timeout=LIMIT,
+            )
+            assert ("out of here" in outcome(response).get("text", "")) is (
+                isinstance(planner, LeavingPlanner)
+            )
         into = content(0.0)
         del into["own"]
         dcp.load(into, checkpoint_id=f"{path}-planned")
         planned = into["sharded"].full_tensor().unique().tolist() == [50.0]
-        found.append({"planner": planned, "pid": engine.worker_pid})
+        found.append({"planner": planned, "pid": pid})
     return found
 
 

@@ -34,17 +34,31 @@ def test_saves_and_failures_in_turn(ranks: Any, tmp_path: Path, kind: str) -> No
     assert found[1]["waited"], "this rank saved while training waited"
 
 
-def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments",
+    [
+        "saving",
+        pytest.param("meeting", marks=pytest.mark.torture),
+        pytest.param("leaving", marks=pytest.mark.torture),
+        pytest.param("stopped", marks=pytest.mark.torture),
+    ],
+)
+def test_killed_workers(ranks: Any, tmp_path: Path, moments: str) -> None:
     gates = tmp_path / "gates"
     gates.mkdir()
-    both = ranks.run(2, async_cases.kill_workers, str(tmp_path / "c"), str(gates), timeout=200)
+    both = ranks.run(
+        2, async_cases.kill_workers, str(tmp_path / "c"), str(gates), moments, timeout=200
+    )
     for found in both:
         *killed, last = found
         for case in killed:
-            # One that is dead before the save has asked for it is replaced, and nothing fails.
-            if case["method"] not in ("start", "staging") or case["failed"]:
+            # One that is dead before the save has asked for it is replaced, and nothing fails; one
+            # that has left the operation is of no more use to it.
+            if case["method"] == "left":
+                assert not case["failed"], case
+            elif case["method"] not in ("start", "staging") or case["failed"]:
                 assert case["failed"] == [case["victim"]], case
-                assert "SIGKILL" in case["text"], case
+                assert _CAUSES.get(case["method"].split()[0], "SIGKILL") in case["text"], case
             assert case["before"], case
             assert case["after"], case
         assert last["planner"]
@@ -52,6 +66,10 @@ def test_killed_workers(ranks: Any, tmp_path: Path) -> None:
         pid, backend, seen, world_size = (gates / str(rank)).read_text().split()
         assert int(pid) == found[-1]["pid"], "the planner ran in the worker"
         assert (backend, int(seen), int(world_size)) == ("gloo", rank, 2)
+
+
+_CAUSES = {"tidying": "on purpose", "stopped": "stalled"}
+"""What the failure says of a worker that was not simply killed."""
 
 
 def test_two_groups_at_once(ranks: Any, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """A worker process: one handler, asked over a socket, one request at a time.
 
-``parent`` has the side that owns the process, ``worker`` the side that runs in it, ``protocol``
-and ``channel`` what goes between them; ``group`` gives the worker a process group of its own.
-Nothing here knows what the requests mean.
+``parent`` and ``supervisor`` have the side that owns the process, ``worker`` the side that runs in
+it, ``protocol`` and ``channel`` what goes between them; ``group`` gives the worker a process group
+of its own. Nothing here knows what the requests mean.
 """
 
-from dcp_engine.executors.process.failure import WorkerError, WorkerFailure
+from dcp_engine.executors.process.failure import WorkerError, WorkerFailure, packed, unpacked
 from dcp_engine.executors.process.handler import Handler, WorkerContext, WorkerRequest
 from dcp_engine.executors.process.main_module import loads
 from dcp_engine.executors.process.parent import WorkerProcess
@@ -22,4 +22,6 @@ __all__ = [
     "WorkerSettings",
     "dumps",
     "loads",
+    "packed",
+    "unpacked",
 ]

@@ -13,11 +13,23 @@ import copy
 import pickle
 import traceback
 
+import msgspec
+
 from dcp_engine.coordination.failures import capture, raised_by_exit, restore
 from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.executors.process.protocol import Failed
 
-__all__ = ["WorkerError", "WorkerFailure", "again", "as_failed", "late", "raised_by", "stalled"]
+__all__ = [
+    "WorkerError",
+    "WorkerFailure",
+    "again",
+    "as_failed",
+    "late",
+    "packed",
+    "raised_by",
+    "stalled",
+    "unpacked",
+]
 
 _PICKLE_LIMIT = 1 << 20  # an exception that drags tensors along travels as text
 _TEXT_LIMIT = 64 << 10
@@ -119,6 +131,17 @@ def raised_by(failed: Failed, pickled: bytes, where: str) -> BaseException:
         error.__cause__ = next(iter(error.failures.values()))[0]
     error.add_note(f"Traceback in {where}:\n{failed.text.rstrip()}")
     return error
+
+
+def packed(error: BaseException) -> bytes:
+    """As a handler tells of it before it raises it: for ``unpacked``."""
+    return msgspec.msgpack.encode(as_failed(0, error))
+
+
+def unpacked(data: bytes, where: str) -> BaseException:
+    """What was ``packed``, as ``raised_by``."""
+    failed, pickled = msgspec.msgpack.decode(data, type=tuple[Failed, bytes])
+    return raised_by(failed, pickled, where)
 
 
 def _pickled(error: BaseException) -> bytes:

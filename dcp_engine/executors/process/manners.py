@@ -13,6 +13,8 @@ import platform
 import select
 from pathlib import Path
 
+from dcp_engine.executors.process.settings import MAX_NICE
+
 __all__ = ["be_polite", "name_process", "process_descriptor", "wait_for_end"]
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,6 @@ _IDLE_CLASS = 3 << 13
 _LOWEST_PRIORITY = (2 << 13) | 7
 _LOOK_S = 0.5
 _AUTOGROUP = Path("/proc/self/autogroup")
-_MAX_NICE = 19
 
 
 def be_polite(nice: int, idle_io: bool) -> None:
@@ -46,7 +47,7 @@ def _lower_autogroup(nice: int) -> None:
     if os.getsid(0) != os.getpid():
         return
     try:
-        _AUTOGROUP.write_text(str(min(nice, _MAX_NICE)))
+        _AUTOGROUP.write_text(str(min(nice, MAX_NICE)))
     except OSError as error:
         logger.debug("the worker's session keeps its nice value: %s", error)
 

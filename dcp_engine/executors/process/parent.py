@@ -17,7 +17,7 @@ from types import TracebackType
 
 from dcp_engine.errors import UsageError
 from dcp_engine.executors.process.channel import LOOK_S, Channel, PeerGone
-from dcp_engine.executors.process.failure import WorkerError, again, late, raised_by, stalled
+from dcp_engine.executors.process.failure import again, late, raised_by, stalled
 from dcp_engine.executors.process.inboxes import Inbox
 from dcp_engine.executors.process.launch import REAP_S
 from dcp_engine.executors.process.protocol import (

@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["WorkerSettings"]
+__all__ = ["DEFAULT_NICE", "MAX_NICE", "WorkerSettings"]
+
+MAX_NICE = 19
+DEFAULT_NICE = 15
+"""At 15 a worker gets a thirtieth of a processor that the training wants too, and all of one that
+is idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +28,8 @@ class WorkerSettings:
     """For messages, and the name of the process in ``top``."""
     rank: int = 0
     """For messages."""
-    nice: int = 15
-    """Added to the parent's nice value once the worker is up. At 15 the worker gets a thirtieth of
-    a processor that the training wants too, and all of one that is idle."""
+    nice: int = DEFAULT_NICE
+    """Added to the parent's nice value once the worker is up."""
     idle_io: bool = True
     """Read and write in the idle class: after everybody else, where the disk's scheduler knows
     classes."""

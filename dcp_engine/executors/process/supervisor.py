@@ -65,7 +65,10 @@ class Supervisor:
 
     def launch(self) -> str | None:
         """Make the process and the thread that looks after it; return what was wrong."""
-        parent_end, child_end = socket.socketpair()
+        try:
+            parent_end, child_end = socket.socketpair()
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
         try:
             process = self.process = launch(self._settings, child_end)
         except OSError as error:
