@@ -52,7 +52,7 @@ def report_death(
     failure = None
     if checkpoint is not None:
         verdict = _awaited(client, keys, patience)
-        failure = None if verdict is None else _exception(verdict, checkpoint)
+        failure = None if verdict is None else _exception(verdict, record, checkpoint)
     leave(client, keys, world_size=world_size, clean=False)
     return DeathVerdict(outcome="commit" if held == b"commit" else "abort", failure=failure)
 
@@ -67,10 +67,14 @@ def _awaited(client: StoreClient, keys: OperationKeys, patience: float) -> Failu
     return decode(client.get(keys.outcome), FailureVerdict)
 
 
-def _exception(verdict: FailureVerdict, checkpoint: str) -> CheckpointException:
+def _exception(
+    verdict: FailureVerdict, own: FailureRecord, checkpoint: str
+) -> CheckpointException:
+    """What all ranks raise; and this one's own death, if it came too late for that."""
     phase = f'in phase "{verdict.phase}"' if verdict.phase else "by the worker processes"
+    known = any(record.rank == own.rank for record in verdict.records)
     return exception_of(
-        verdict.records,
+        verdict.records if known else [*verdict.records, own],
         doing=f"save {phase}",
         checkpoint=checkpoint,
         message=verdict.message,

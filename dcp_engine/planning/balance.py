@@ -261,6 +261,7 @@ def _cut_line(
         whole[box], np.where(marks - begin <= nbytes[box] / 2, 0, nbytes[box]), inside
     )
     cuts = np.maximum.accumulate(begin + np.clip(inside, 0, nbytes[box]))
+    cuts = _apart(cuts, box, smallest)
     begins = np.unique(np.concatenate((ends - nbytes[fine], cuts)))
     begins = begins[begins < total]
     piece_ends = np.append(begins[1:], total)
@@ -269,6 +270,17 @@ def _cut_line(
     height = row_bytes[fine[of]]
     row = (begins - (ends[of] - nbytes[fine[of]])) // height
     return fine[of], at.astype(np.int64), row, (piece_ends - begins) // height
+
+
+def _apart(cuts: I64, box: I64, smallest: I64) -> I64:
+    """Where two cuts through one box leave less than the grain between them, the rank that it was
+    for gets nothing of the box."""
+    near = (box[1:] == box[:-1]) & (np.diff(cuts) < smallest[1:])
+    for second in (np.flatnonzero(near) + 1).tolist():
+        # As it is now: the cut before this one may have moved.
+        if cuts[second] - cuts[second - 1] < smallest[second]:
+            cuts[second] = cuts[second - 1]
+    return cuts
 
 
 def _joined(parts: list[Pieces]) -> Pieces:

@@ -177,6 +177,19 @@ def test_it_learns_what_was_settled_before(sessions: list[StoreSession]) -> None
     assert [str(death.failure) for death in deaths] == [str(deaths[0].failure)] * 2
 
 
+def test_a_rank_names_itself_where_its_own_death_came_too_late(
+    sessions: list[StoreSession],
+) -> None:
+    error = CoordinationError("gone", kind="worker_died")
+    of_0, of_1 = [
+        sessions[rank].report_death(0, coordinator_rank=0, error=error, checkpoint="c").failure
+        for rank in (0, 1)
+    ]
+    assert of_0 is not None and of_1 is not None
+    assert (list(of_0.failures), list(of_1.failures)) == ([0], [0, 1])
+    assert of_1.kind == "worker_died"
+
+
 def keys_of(store: Any) -> int:
     return int(store.num_keys())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dcp_engine.planning import balance as balance_module
@@ -175,6 +175,7 @@ def test_work_is_by_class_of_holders_not_by_tensor_and_rank(
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 9), st.integers(2, 50), st.lists(st.integers(1, 400), min_size=1))
+@example(4, 8, [2, 30])  # both ends of a box round towards its middle
 def test_no_box_is_cut_into_crumbs(world: int, grain: int, heights: list[int]) -> None:
     boxes = held([(height,) for height in heights], [list(range(world))] * len(heights))
     options = BalanceOptions(finest=grain, coarsest=grain)
