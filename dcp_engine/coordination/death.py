@@ -67,9 +67,7 @@ def _awaited(client: StoreClient, keys: OperationKeys, patience: float) -> Failu
     return decode(client.get(keys.outcome), FailureVerdict)
 
 
-def _exception(
-    verdict: FailureVerdict, own: FailureRecord, checkpoint: str
-) -> CheckpointException:
+def _exception(verdict: FailureVerdict, own: FailureRecord, checkpoint: str) -> CheckpointException:
     """What all ranks raise; and this one's own death, if it came too late for that."""
     phase = f'in phase "{verdict.phase}"' if verdict.phase else "by the worker processes"
     known = any(record.rank == own.rank for record in verdict.records)

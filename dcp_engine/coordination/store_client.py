@@ -217,13 +217,18 @@ class StoreClient:
         busy = self._busy
         return busy is not None and time.monotonic() > busy[0] + busy[1] + slack
 
-    def lose(self, reason: str) -> CoordinationError:
-        """Give the connection up; every later call raises the error that is returned."""
+    def lose(self, reason: str, hint: str = "") -> CoordinationError:
+        """Give the connection up; every later call raises the error that is returned.
+
+        Args:
+            hint: what else it may be than the death of the store.
+        """
         if self.lost is None:
             self.lost = CoordinationError(
                 f"the store at {self.location} does not answer: {reason}",
                 kind="store_lost",
-                hint="the process that hosts the store, or the way to it, is gone; restart the job",
+                hint="the process that hosts the store, or the way to it, is gone; restart the job"
+                + (f". {hint}" if hint else ""),
             )
         return self.lost
 

@@ -23,6 +23,12 @@ __all__ = ["StoreThread"]
 
 _Result = TypeVar("_Result")
 _RoleT = TypeVar("_RoleT", bound=Role)
+_SLOW_NAMES = (
+    "Or names of hosts are slow to look up: torch does so for the warning that it logs at the end "
+    "of a wait; TORCH_CPP_LOG_LEVEL=ERROR in the environment spares that"
+)
+"""Seen with torch 2.13: two reverse lookups for each wait that ends without an answer, which take
+5 s and more where the name server does not answer."""
 _LOOK = 0.5
 """Seconds between two looks whether the thread is stuck, and for signals."""
 
@@ -111,7 +117,7 @@ class StoreThread(Generic[_RoleT]):
                 )
             return
         if client.overdue(self._slack):
-            client.lose(f"no answer within {self._slack:.3g} s of the limit of a call")
+            client.lose(f"no answer within {self._slack:.3g} s of the limit of a call", _SLOW_NAMES)
         if client.lost is not None:
             raise client.lost
 

@@ -65,7 +65,7 @@ class Engine:
             they are given up, and that is logged.
         drain_timeout: seconds that it, and ``close``, wait for them.
         nice: 0 to 19, by how much asynchronous saves give way to training on busy processors: added
-            to the nice value of the worker process (None: 15), and, on Linux, of the thread that
+            to the nice value of the worker process (None: 10), and, on Linux, of the thread that
             digests and writes where a save by a thread goes to a file system (None: 5).
 
     The session with the other ranks opens at the first operation that needs it, which must be

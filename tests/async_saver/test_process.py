@@ -55,7 +55,7 @@ def save(engine: dcp.Engine, path: Path, value: float, **options: Any) -> dcp.As
     return response
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, 15), (0, 0), (3, 3)])
+@pytest.mark.parametrize(("given", "expected"), [(None, 10), (0, 0), (3, 3)])
 def test_a_worker_gives_way(
     monkeypatch: pytest.MonkeyPatch, given: int | None, expected: int
 ) -> None:

@@ -37,7 +37,8 @@ __all__ = ["RankPool", "RanksFailed"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
-    "TORCH_CPP_LOG_LEVEL": "WARNING",
+    # Its warnings at the end of a wait look names up, which takes seconds now and then.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 _PRELOADED = [
     "torch.distributed.tensor",

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 __all__ = ["DEFAULT_NICE", "MAX_NICE", "WorkerSettings"]
 
 MAX_NICE = 19
-DEFAULT_NICE = 15
-"""At 15 a worker gets a thirtieth of a processor that the training wants too, and all of one that
-is idle."""
+DEFAULT_NICE = 10
+"""At 10 a worker gets a tenth of a processor that the training wants too, and all of one that is
+idle. At 15, a thirtieth, a save of a second took half a minute where training filled all
+processors, and cost it no less in all (``docs/async.md``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
