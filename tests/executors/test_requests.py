@@ -19,6 +19,7 @@ import pytest
 
 from dcp_engine.errors import CheckpointException, CoordinationError, StorageError, UsageError
 from dcp_engine.executors.process import WorkerError, WorkerFailure, WorkerProcess
+from dcp_engine.executors.process.settings import DEFAULT_NICE, MAX_NICE
 from tests.executors.conftest import LIMIT
 from tests.executors.handlers import Quits
 
@@ -43,9 +44,10 @@ def test_where_a_handler_runs(tools: WorkerProcess) -> None:
 
 def test_it_keeps_out_of_the_way(tools: WorkerProcess) -> None:
     seen = about(tools)
-    assert seen["nice"] == min(os.getpriority(os.PRIO_PROCESS, 0) + 15, 19)
+    assert seen["nice"] == min(os.getpriority(os.PRIO_PROCESS, 0) + DEFAULT_NICE, MAX_NICE)
     # Where each session has an equal share of the processors, that of the worker's is lowered.
-    assert seen["autogroup"] is None or seen["autogroup"].split()[-2:] == ["nice", "15"]
+    lowered = seen["autogroup"]
+    assert lowered is None or lowered.split()[-2:] == ["nice", str(DEFAULT_NICE)]
     assert seen["io"] in (None, 3 << 13, 2 << 13 | 7)  # idle, or the lowest of the ordinary ones
     assert seen["comm"] == "tools"
     assert (seen["gc"], seen["frozen"]) == (False, True)
