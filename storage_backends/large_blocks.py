@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcp_engine.geometry.row_major import elements_before, range_boxes
+from dcp_engine.geometry.row_major import elements_before, range_boxes, strides_of
 
 __all__ = ["MAX_WHOLE", "BlockPart", "parts_of_box", "parts_of_run"]
 
@@ -66,9 +66,7 @@ def parts_of_box(
     of at most ``span`` bytes, a multiple of ``itemsize``."""
     if 0 in lengths:
         return
-    strides = [1] * len(sizes)
-    for d in range(len(sizes) - 2, -1, -1):
-        strides[d] = strides[d + 1] * sizes[d + 1]
+    strides = strides_of(sizes)
     first = sum(map(int.__mul__, within, strides)) * itemsize
     reach = zip(within, lengths, strides, strict=True)
     end = sum((w + n - 1) * s for w, n, s in reach) * itemsize + itemsize

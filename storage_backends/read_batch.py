@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import zip_longest
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
 
+from dcp_engine.closing import Closing
 from dcp_engine.format.digest import digest_value
+from dcp_engine.geometry.row_major import strides_of
 from dcp_engine.geometry.runs import Runs
 from dcp_engine.storage import Check, ReadRange
 from storage_backends.block_digester import digests_around
@@ -94,7 +95,7 @@ class Scratch:
         self._used = 0
 
 
-class Batch:
+class Batch(Closing):
     """Collects ranges of one file, reads them at one go, checks them, copies what has to be. A
     context: the file stays open in it, from the first read on."""
 
@@ -124,15 +125,8 @@ class Batch:
         self._names: list[str] = []
         self.bytes_read = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file; what was collected since the last ``flush`` is not read."""
         self._open.close()
 
     def add_run(self, wanted: Wanted, begin: int, end: int, view: memoryview) -> None:
@@ -151,7 +145,7 @@ class Batch:
         # It ends inside blocks: its edges go through scratch memory beside it.
         margin = begin - low
         place = self._take(margin + high - end)
-        ranges = self._ranges
+        ranges = self._ranges  # perhaps a new one: taking scratch memory may flush
         before = self._scratch.view(place, margin)
         behind = self._scratch.view(place + margin, high - end)
         if margin:
@@ -173,7 +167,7 @@ class Batch:
         self._ranges.append(ReadRange(self._file.data_start + wanted.start + low, view))
         if wanted.digests is not None:
             self._checks.append((wanted, low, _NOTHING, view, _NOTHING))
-        strides = _strides(wanted.sizes)
+        strides = strides_of(wanted.sizes)
         self._copies.append(lambda: copy_box(held, begin - low, strides, box))
         self._end(wanted.name, high - low)
 
@@ -208,7 +202,7 @@ class Batch:
             raise ValueError("a chunk that is not checked has no blocks")
         digest = xxhash.xxh3_64()
         base = self._file.data_start + wanted.start
-        strides = _strides(wanted.sizes)
+        strides = strides_of(wanted.sizes)
         for begin, end, target, boxes in parts:
             nbytes = end - begin
             place = 0 if target is not None else self._take(nbytes)
@@ -279,11 +273,3 @@ class Batch:
         end = min(begin + self.block_size, wanted.nbytes)
         base = self._file.data_start + wanted.start
         raise self._files.damaged(self._file, base + begin, base + end, wanted.name)
-
-
-def _strides(sizes: Sequence[int]) -> list[int]:
-    """Of a contiguous array, in elements."""
-    strides = [1] * len(sizes)
-    for d in range(len(sizes) - 2, -1, -1):
-        strides[d] = strides[d + 1] * sizes[d + 1]
-    return strides

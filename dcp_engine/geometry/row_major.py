@@ -14,7 +14,15 @@ import numpy as np
 
 from dcp_engine.geometry.columns import I64
 
-__all__ = ["elements_before", "range_boxes"]
+__all__ = ["elements_before", "range_boxes", "strides_of"]
+
+
+def strides_of(sizes: Sequence[int]) -> list[int]:
+    """Of a contiguous array of ``sizes``, in elements."""
+    strides = [1] * len(sizes)
+    for d in range(len(sizes) - 2, -1, -1):
+        strides[d] = strides[d + 1] * sizes[d + 1]
+    return strides
 
 
 def elements_before(shape: I64, within: I64, lengths: I64, position: I64) -> I64:

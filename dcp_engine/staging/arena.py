@@ -50,7 +50,8 @@ class Arena(Closing):
 
     @classmethod
     def attach(cls, fd: int, size: int) -> Arena:
-        """Map the arena behind ``fd``, which another process sent; the result owns ``fd``.
+        """Map the arena behind ``fd``, which another process sent; ``fd`` is the
+        result's to close, and closed where it cannot be mapped.
 
         Args:
             size: bytes, as the sender's ``size``. After the sender's has grown: ``extend``.
@@ -59,7 +60,11 @@ class Arena(Closing):
         arena._fd = fd
         arena._pin = arena._pinned = False
         arena._base = torch.empty(0, dtype=torch.uint8)
-        arena.extend(size)
+        try:
+            arena.extend(size)
+        except BaseException:
+            arena.close()
+            raise
         return arena
 
     @property

@@ -265,3 +265,13 @@ def test_pinning_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with Arena(pin=True) as arena:
         arena.reserve(1)
         assert not arena.pinned
+
+
+def test_memory_that_cannot_be_mapped_leaves_no_descriptor() -> None:
+    with Arena() as arena:
+        arena.reserve(4096)
+        descriptor = os.dup(arena.fileno())
+        with pytest.raises(UsageError, match="were announced"):
+            Arena.attach(descriptor, 1 << 40)
+        with pytest.raises(OSError):
+            os.fstat(descriptor)

@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from types import TracebackType
+from typing import Self
 
+from dcp_engine.closing import Closing
 from dcp_engine.errors import UsageError
 from dcp_engine.executors.process.channel import LOOK_S, Channel, PeerGone
 from dcp_engine.executors.process.failure import again, late, raised_by, stalled
@@ -44,7 +45,7 @@ class _Stopped(Exception):
     """The process has been stopped for too long."""
 
 
-class WorkerProcess:
+class WorkerProcess(Closing):
     """One worker. Once its process has ended it stays dead: make a new one.
 
     Methods may be called from any thread. Not usable in a fork of the process that made it.
@@ -259,17 +260,9 @@ class WorkerProcess:
         if self._supervisor.closed:
             raise UsageError(f"{self} is closed")
 
-    def __enter__(self) -> WorkerProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _Patience:
