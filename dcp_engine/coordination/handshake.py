@@ -24,6 +24,10 @@ __all__ = ["agree_on_session"]
 
 _POLL_MIN = 0.001
 _POLL_MAX = 0.1
+_GO = b"+"
+"""The leader's verdict when all have come; any other is a message."""
+_NOBODY = b"-"
+"""In the place of the session's name, where a rank has waited in vain."""
 
 
 class _Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +72,7 @@ def _lead(
         pause = min(max((time.monotonic() - began) / 10, _POLL_MIN), _POLL_MAX)
         time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
     else:
-        client.set(keys.go(session), b"")
+        client.set(keys.go(session), _GO)
         return session
     missing = [rank for key, rank in waiting.items() if not client.check([key])]
     names = ", ".join(map(str, missing[:32])) + (", ..." if len(missing) > 32 else "")
@@ -136,24 +140,35 @@ def _follow(
     deadline = time.monotonic() + timeout
     hello = _Hello(nonce=nonce, world_size=world_size, host=host)
     client.set(keys.hello(rank), msgspec.msgpack.encode(hello))
+    unwelcome = CoordinationError(
+        f"rank {rank} was not welcomed by rank 0 within {timeout:.3g} s",
+        kind="timeout",
+        rank=rank,
+        hint="every rank of the process group has to take part; pass the group that does",
+    )
+    welcome = keys.welcome(nonce)
     try:
-        session = client.get(keys.welcome(nonce), timeout).decode()
-        client.delete(keys.welcome(nonce))
+        name = client.get(welcome, timeout, lambda other: other.compare_set(welcome, _NOBODY))
+        client.delete(welcome)
+        if name == _NOBODY:
+            raise unwelcome
+        session = name.decode()
         client.add(keys.joined(session), 1)
         # The leader gives its verdict by its own deadline, which began later than this one
         # if it came later.
-        problem = client.get(keys.go(session), deadline - time.monotonic() + timeout).decode()
+        go = keys.go(session)
+        silence = f"rank 0 gave no verdict on the handshake of the session to rank {rank}"
+        verdict = client.get(
+            go,
+            deadline - time.monotonic() + timeout,
+            lambda other: other.compare_set(go, silence.encode()),
+        )
     except WaitTimeout:
-        raise CoordinationError(
-            f"rank {rank} was not welcomed by rank 0 within {timeout:.3g} s",
-            kind="timeout",
-            rank=rank,
-            hint="every rank of the process group has to take part; pass the group that does",
-        ) from None
+        raise unwelcome from None
     client.delete(keys.hello(rank))
     if client.add(keys.joined(session), 1) == 2 * (world_size - 1):
         client.delete(keys.joined(session))
         client.delete(keys.go(session))
-    if problem:
-        raise CoordinationError(problem, kind="timeout", rank=rank)
+    if verdict != _GO:
+        raise CoordinationError(verdict.decode(), kind="timeout", rank=rank)
     return session

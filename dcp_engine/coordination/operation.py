@@ -29,7 +29,7 @@ from dcp_engine.coordination.messages import FailureVerdict, Heading
 from dcp_engine.coordination.participant_role import ParticipantRole
 from dcp_engine.coordination.rhythm import Rhythm
 from dcp_engine.coordination.role import Failed, Granted, Reply, RoleContext, announce_failure
-from dcp_engine.coordination.store_client import StoreClient
+from dcp_engine.coordination.store_client import AtLimit, StoreClient
 from dcp_engine.coordination.store_thread import StoreThread
 from dcp_engine.errors import CheckpointError, CheckpointException, CoordinationError, UsageError
 
@@ -44,6 +44,7 @@ class StoreOperation(Operation):
     Args:
         connect: lends a client to this operation; called at the first step.
         give_back: takes the client back if it is idle and its connection lives.
+        drop: takes a client back whose connection is not to be kept.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StoreOperation(Operation):
         rhythm: Rhythm,
         connect: Callable[[], StoreClient],
         give_back: Callable[[StoreClient], None],
+        drop: Callable[[StoreClient], None],
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -67,6 +69,7 @@ class StoreOperation(Operation):
         self._rhythm = rhythm
         self._connect = connect
         self._give_back = give_back
+        self._drop = drop
         self._clock = OperationClock(deadlines, heading.kind, heading.checkpoint)
         self._thread: StoreThread[_Role] | None = None
         self._thread_lock = threading.Lock()
@@ -254,12 +257,21 @@ class StoreOperation(Operation):
 
         def announce() -> None:
             try:
-                announce_failure(self._connect(), self._keys, record)
+                self._apart(lambda client: announce_failure(client, self._keys, record))
             finally:
                 done.set()
 
         threading.Thread(target=announce, name="dcp_engine-abandon", daemon=True).start()
         done.wait(self._rhythm.slack)
+
+    def _apart(self, call: AtLimit) -> None:
+        """Say something over another connection, while the store thread waits."""
+        client = self._connect()
+        client.patience = self._patience()
+        try:
+            call(client)
+        finally:
+            self._drop(client)
 
     def _record(self, error: BaseException) -> FailureRecord:
         thread = self._thread
@@ -277,6 +289,7 @@ class StoreOperation(Operation):
                 self._thread = StoreThread(
                     self._connect,
                     self._assume,
+                    self._apart,
                     name=f"dcp_engine-{self._heading.kind}-{self.number}",
                     connect_limit=self._patience(),
                     slack=max(self._rhythm.slack, self._patience() / 4),

@@ -8,13 +8,22 @@ participants; only the coordinator does.
 from __future__ import annotations
 
 from concurrent.futures import Future
+from functools import partial
 
 from dcp_engine.coordination.clock import in_words
 from dcp_engine.coordination.failures import FailureRecord, silent_rank
 from dcp_engine.coordination.messages import Event, FailureVerdict, Report, decode, encode
-from dcp_engine.coordination.role import Failed, Granted, Reply, Role, RoleContext, announce_failure
-from dcp_engine.coordination.store_client import WaitTimeout
-from dcp_engine.coordination.words import FAILURE, REPORT, Pulse, Tally, arrived
+from dcp_engine.coordination.role import (
+    Failed,
+    Granted,
+    Reply,
+    Role,
+    RoleContext,
+    announce_failure,
+    propose,
+)
+from dcp_engine.coordination.store_client import AtLimit, StoreClient, WaitTimeout
+from dcp_engine.coordination.words import EVENT, FAILURE, REPORT, Pulse, Tally, arrived
 
 __all__ = ["ParticipantRole"]
 
@@ -131,34 +140,37 @@ class ParticipantRole(Role):
         self._next_event = max(self._next_event, tally.events)
 
     def _wait_for_event(self) -> None:
-        limits = [_NEVER]
-        remaining = self.clock.remaining_for_verdict(self._decide_phase)
-        if remaining is not None:
-            limits.append(remaining + self.rhythm.slack)
-        stall = self.clock.deadlines.stall_timeout
-        if stall is not None and self._heard is not None:
-            patience = max(stall, 3 * self.rhythm.interval)
-            silence = self.clock.now() - self._heard
-            if silence >= patience:
-                self._give_up("stalled", silence)
-                return
-            limits.append(patience - silence)
-        if min(limits) <= 0:
-            self._give_up("timeout", None)
+        kind, left = self._patience_for_events()
+        if left <= 0:
+            self._give_up(kind, self._heard if kind == "stalled" else None)
             return
-        event = self._event(self._next_event, min(limits))
+        number = self._next_event
+        speak = partial(self._speak_for_coordinator, number=number, kind=kind)
+        event = self._event(number, left, speak if kind else None)
         if event is None:
-            return  # the next turn finds out which limit it was
-        self._heard = self.clock.now()
+            return  # the next turn gives up
         self._next_event += 1
+        self._heard = self.clock.now()
         if event.kind == "tick" and event.step == self.step:
             # Nobody removes a verdict before this rank has reported in the step after it.
             event = self._event(event.last_verdict, self.client.patience) or event
         self._obey(event)
 
-    def _event(self, number: int, limit: float) -> Event | None:
+    def _patience_for_events(self) -> tuple[str, float]:
+        """What it is called if the coordinator is silent for so many seconds more."""
+        limits = {"": _NEVER}
+        remaining = self.clock.remaining_for_verdict(self._decide_phase)
+        if remaining is not None:
+            limits["timeout"] = remaining + self.rhythm.slack
+        stall = self.clock.deadlines.stall_timeout
+        if stall is not None and self._heard is not None:
+            patience = max(stall, 3 * self.rhythm.interval)
+            limits["stalled"] = self._heard + patience - self.clock.now()
+        return min(limits.items(), key=lambda item: item[1])
+
+    def _event(self, number: int, limit: float, at_limit: AtLimit | None = None) -> Event | None:
         try:
-            return decode(self.client.take(self.keys.event(number), limit)[0], Event)
+            return decode(self.client.take(self.keys.event(number), limit, at_limit)[0], Event)
         except WaitTimeout:
             return None
 
@@ -191,24 +203,45 @@ class ParticipantRole(Role):
                 limit = max(limit, remaining + self.rhythm.slack)
             left = self._waiting_since + limit - now
             if left <= 0:
-                self._give_up("stalled", now - self._waiting_since)
+                self._give_up("stalled", self._waiting_since)
                 return
+            blame = partial(self._blame, kind="stalled", since=self._waiting_since)
             try:
-                data = self.client.get(self.keys.outcome, left)
+                data = self.client.get(self.keys.outcome, left, blame)
             except WaitTimeout:
                 return
             self.outcome = decode(data, FailureVerdict)
             self.alarm.set()
         self._resolve(Failed(verdict=self.outcome))
 
-    def _give_up(self, kind: str, silence: float | None) -> None:
-        last = "" if silence is None else f", last heard {in_words(silence)} ago"
+    # -- a coordinator that is gone ------------------------------------------------------------
+
+    def _give_up(self, kind: str, since: float | None) -> None:
+        self.outcome = self._blame(self.client, kind, since)
+        self.alarm.set()
+        self._resolve(Failed(verdict=self.outcome))
+
+    def _speak_for_coordinator(self, client: StoreClient, *, number: int, kind: str) -> None:
+        """Its next event is overdue: unless it comes right now, say what it would say if it knew,
+        to all ranks that wait for it; this one among them."""
+        if not client.offer(self.keys.event(number), encode(Event(kind="failure"))):
+            return
+        client.add(self.keys.tally, EVENT)
+        self._blame(client, kind, self._heard if kind == "stalled" else None)
+
+    def _blame(self, client: StoreClient, kind: str, since: float | None) -> FailureVerdict:
+        """Propose that the operation failed by the coordinator's silence.
+
+        Args:
+            since: when it was heard last; None if it never was.
+        """
+        last = "" if since is None else f", last heard {in_words(self.clock.now() - since)} ago"
         message = f"missing rank {self._coordinator}, the coordinator, {self.clock.waited()}{last}"
         record = silent_rank(self._coordinator, message, kind)
-        outcome = self._settle(FailureVerdict(records=[record], message=message, kind=kind))
         # so that the coordinator, should it wake, looks for the outcome
-        self.client.add(self.keys.tally, FAILURE)
-        self._resolve(Failed(verdict=outcome))
+        client.add(self.keys.tally, FAILURE)
+        verdict = FailureVerdict(records=[record], message=message, kind=kind)
+        return propose(client, self.keys, verdict)
 
     def _remove_report_pieces(self) -> None:
         self.client.delete_pieces(self.keys.report(self.rank), self._report_pieces)

@@ -21,7 +21,16 @@ from dcp_engine.coordination.rhythm import Rhythm
 from dcp_engine.coordination.store_client import StoreClient
 from dcp_engine.coordination.words import EVENT, FAILURE
 
-__all__ = ["Failed", "Granted", "Reply", "Role", "RoleContext", "announce_failure", "leave"]
+__all__ = [
+    "Failed",
+    "Granted",
+    "Reply",
+    "Role",
+    "RoleContext",
+    "announce_failure",
+    "leave",
+    "propose",
+]
 
 _LEAVER_BITS = 24
 _UNCLEAN = 1 << _LEAVER_BITS
@@ -66,6 +75,11 @@ def announce_failure(client: StoreClient, keys: OperationKeys, record: FailureRe
     index = client.add(keys.failures, 1)
     client.set(keys.failure(index), encode(record))
     client.add(keys.tally, FAILURE)
+
+
+def propose(client: StoreClient, keys: OperationKeys, verdict: FailureVerdict) -> FailureVerdict:
+    """Propose how the operation failed; return the first proposal, which holds for all ranks."""
+    return decode(client.compare_set(keys.outcome, encode(verdict)), FailureVerdict)
 
 
 def leave(client: StoreClient, keys: OperationKeys, *, world_size: int, clean: bool) -> None:
@@ -165,9 +179,8 @@ class Role(abc.ABC):
             pending.set_exception(error)
 
     def _settle(self, proposal: FailureVerdict) -> FailureVerdict:
-        """Propose how the operation failed; the first proposal holds for all ranks."""
-        held = self.client.compare_set(self.keys.outcome, encode(proposal))
-        self.outcome = decode(held, FailureVerdict)
+        """Propose how the operation failed."""
+        self.outcome = propose(self.client, self.keys, proposal)
         self.alarm.set()
         return self.outcome
 

@@ -7,7 +7,6 @@ finding the store (``group``), the handshake, what an operation does.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -29,6 +28,7 @@ from dcp_engine.coordination.interface import (
     SessionHandle,
 )
 from dcp_engine.coordination.keys import OperationKeys, group_prefix, session_prefix
+from dcp_engine.coordination.limits import LimitKeeper
 from dcp_engine.coordination.messages import Heading
 from dcp_engine.coordination.numbers import Numbers
 from dcp_engine.coordination.operation import StoreOperation
@@ -112,6 +112,7 @@ class StoreSession(Session):
         self._address = address
         self._idle: list[StoreClient] = [] if first is None else [first]
         self._clients: list[StoreClient] = list(self._idle)
+        self._dropped = StoreCounters()
         self._numbers = Numbers() if numbers is None else numbers
         self._closed = False
 
@@ -150,9 +151,16 @@ class StoreSession(Session):
             def view() -> KeyValueStore:
                 return cast(KeyValueStore, without_prefix(connect()))
 
+        def new_client() -> StoreClient:
+            return StoreClient(connect(), location, patience=timeout)
+
+        limits = LimitKeeper[StoreClient](lambda call: call(new_client()))
+        clients: list[StoreClient] = []
+
         def meet() -> tuple[StoreClient, str]:
             store = connect()
             client = StoreClient(store, location, patience=timeout)
+            clients.append(client)
             name = agree_on_session(
                 client,
                 group_prefix(identity.group),
@@ -166,7 +174,12 @@ class StoreSession(Session):
             return client, name
 
         # One timeout for the leader to come, one for its verdict, one for the store to answer.
-        first, name = run_watched(meet, 3 * timeout, location)
+        first, name = run_watched(
+            meet,
+            3 * timeout,
+            location,
+            lambda: limits.look(clients[0].limit if clients else None),
+        )
         return cls(
             view,
             location=location,
@@ -257,16 +270,7 @@ class StoreSession(Session):
     def counters(self) -> StoreCounters:
         """What this rank asked of the store so far."""
         with self._lock:
-            clients = list(self._clients)
-        calls: Counter[str] = Counter()
-        for client in clients:
-            calls.update(dict(client.calls))
-        return StoreCounters(
-            calls=dict(calls),
-            bytes_out=sum(client.bytes_out for client in clients),
-            bytes_in=sum(client.bytes_in for client in clients),
-            connections=len(clients),
-        )
+            return sum((client.counters for client in self._clients), self._dropped)
 
     def begin(
         self,
@@ -300,6 +304,7 @@ class StoreSession(Session):
             rhythm=self._rhythm,
             connect=self._lend,
             give_back=self._take_back,
+            drop=self._drop,
         )
 
     def take_number(self) -> int:
@@ -371,6 +376,12 @@ class StoreSession(Session):
         with self._lock:
             if client.lost is None and not self._closed:
                 self._idle.append(client)
+
+    def _drop(self, client: StoreClient) -> None:
+        """Let the connection go, but not what it counted."""
+        with self._lock:
+            self._clients.remove(client)
+            self._dropped += client.counters
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -5,22 +5,24 @@ Does not belong here: what the keys mean.
 
 Facts that this module answers (torch 2.13): a ``TCPStore`` refuses values over 8 MiB by dropping
 the connection; ``check``, ``add`` and ``compare_set`` read the answer without any timeout, so a
-store whose host is frozen blocks them for ever; a ``wait`` that times out writes two warnings to
-stderr, so waits here are for keys that do come, unless something is wrong. Therefore a client is
-used by one thread, and others ask ``overdue`` whether that thread is stuck.
+store whose host is frozen blocks them for ever. Therefore a client is used by one thread, and
+others ask ``overdue`` whether that thread is stuck. Where a key may never come, ``limits`` ends the
+wait for it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
+from dcp_engine.coordination.limits import BEYOND, WaitLimit
 from dcp_engine.errors import CoordinationError
 
-__all__ = ["KeyValueStore", "StoreClient", "StoreCounters", "WaitTimeout"]
+__all__ = ["AtLimit", "KeyValueStore", "StoreClient", "StoreCounters", "WaitTimeout"]
 
 PIECE = 4 << 20
 """Bytes; larger values are split. Half of what a TCPStore takes."""
@@ -52,17 +54,25 @@ class WaitTimeout(Exception):
 class StoreCounters:
     """What a session asked of the store so far."""
 
-    calls: Mapping[str, int]
+    calls: Mapping[str, int] = field(default_factory=dict)
     """By name of the store's method."""
-    bytes_out: int
-    bytes_in: int
-    connections: int
+    bytes_out: int = 0
+    bytes_in: int = 0
+    connections: int = 0
     """Opened by this rank."""
 
     @property
     def total(self) -> int:
         """All calls."""
         return sum(self.calls.values())
+
+    def __add__(self, other: StoreCounters) -> StoreCounters:
+        return StoreCounters(
+            calls=Counter(self.calls) + Counter(other.calls),
+            bytes_out=self.bytes_out + other.bytes_out,
+            bytes_in=self.bytes_in + other.bytes_in,
+            connections=self.connections + other.connections,
+        )
 
 
 _Result = TypeVar("_Result")
@@ -86,6 +96,18 @@ class StoreClient:
         self.bytes_in = 0
         self.lost: CoordinationError | None = None
         self._busy: tuple[float, float] | None = None
+        self.limit: WaitLimit[StoreClient] | None = None
+        """Of the wait that goes on now, if that is to be ended by another connection."""
+
+    @property
+    def counters(self) -> StoreCounters:
+        """What this connection asked of the store so far."""
+        return StoreCounters(
+            calls=dict(self.calls),
+            bytes_out=self.bytes_out,
+            bytes_in=self.bytes_in,
+            connections=1,
+        )
 
     def move_to(self, store: KeyValueStore) -> None:
         """Go on with another view of the same connection."""
@@ -108,17 +130,30 @@ class StoreClient:
 
             self._call("multi_set", self.patience, write)
 
-    def get(self, key: str, timeout: float | None = None) -> bytes:
+    def get(self, key: str, timeout: float | None = None, at_limit: AtLimit | None = None) -> bytes:
         """Wait for a key and read it.
+
+        Args:
+            at_limit: makes the key come when the time is up, see ``limits``. For keys that may
+                never come.
 
         Raises:
             WaitTimeout: it did not come within ``timeout`` seconds.
         """
         limit = self.patience if timeout is None else max(timeout, 0.001)
+        ending = None if at_limit is None else WaitLimit(time.monotonic() + limit, at_limit)
 
         def read() -> bytes:
-            self._store.set_timeout(timedelta(seconds=limit))
-            return self._store.get(key)
+            if ending is None:
+                self._store.set_timeout(timedelta(seconds=limit))
+                return self._store.get(key)
+            self._store.set_timeout(timedelta(seconds=limit + BEYOND))
+            self.limit = ending
+            try:
+                return self._store.get(key)
+            finally:
+                self.limit = None
+                ending.leave()
 
         value = self._call("get", limit, read)
         self.bytes_in += len(value)
@@ -182,9 +217,16 @@ class StoreClient:
         self.multi_set({**heads, **(extra or {})})
         return split
 
-    def take(self, key: str, timeout: float | None = None) -> tuple[bytes, int]:
-        """Wait for a value of any size; return it and the number of its pieces."""
-        return self._whole(key, self.get(key, timeout))
+    def offer(self, key: str, value: bytes) -> bool:
+        """Write a value of less than ``PIECE`` bytes, for ``take``, unless there is one; return
+        whether there was none."""
+        return self.compare_set(key, _WHOLE + value) == _WHOLE + value
+
+    def take(
+        self, key: str, timeout: float | None = None, at_limit: AtLimit | None = None
+    ) -> tuple[bytes, int]:
+        """Wait for a value of any size, as ``get``; return it and the number of its pieces."""
+        return self._whole(key, self.get(key, timeout, at_limit))
 
     def multi_take(self, keys: Sequence[str]) -> list[bytes]:
         """Read values of any size that are there."""
@@ -217,18 +259,13 @@ class StoreClient:
         busy = self._busy
         return busy is not None and time.monotonic() > busy[0] + busy[1] + slack
 
-    def lose(self, reason: str, hint: str = "") -> CoordinationError:
-        """Give the connection up; every later call raises the error that is returned.
-
-        Args:
-            hint: what else it may be than the death of the store.
-        """
+    def lose(self, reason: str) -> CoordinationError:
+        """Give the connection up; every later call raises the error that is returned."""
         if self.lost is None:
             self.lost = CoordinationError(
                 f"the store at {self.location} does not answer: {reason}",
                 kind="store_lost",
-                hint="the process that hosts the store, or the way to it, is gone; restart the job"
-                + (f". {hint}" if hint else ""),
+                hint="the process that hosts the store, or the way to it, is gone; restart the job",
             )
         return self.lost
 
@@ -246,6 +283,10 @@ class StoreClient:
             raise self.lose(reason) from None
         finally:
             self._busy = None
+
+
+AtLimit = Callable[[StoreClient], object]
+"""What is done, over another connection, when the time of a wait is up."""
 
 
 def _first_line(error: BaseException) -> str:

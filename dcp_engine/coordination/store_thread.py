@@ -15,22 +15,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
+from dcp_engine.coordination.limits import LOOK, LimitKeeper
 from dcp_engine.coordination.role import Role
-from dcp_engine.coordination.store_client import StoreClient, WaitTimeout
+from dcp_engine.coordination.store_client import AtLimit, StoreClient, WaitTimeout
 from dcp_engine.errors import CoordinationError
 
 __all__ = ["StoreThread"]
 
 _Result = TypeVar("_Result")
 _RoleT = TypeVar("_RoleT", bound=Role)
-_SLOW_NAMES = (
-    "Or names of hosts are slow to look up: torch does so for the warning that it logs at the end "
-    "of a wait; TORCH_CPP_LOG_LEVEL=ERROR in the environment spares that"
-)
-"""Seen with torch 2.13: two reverse lookups for each wait that ends without an answer, which take
-5 s and more where the name server does not answer."""
-_LOOK = 0.5
-"""Seconds between two looks whether the thread is stuck, and for signals."""
 
 
 class _Request:
@@ -47,6 +40,7 @@ class StoreThread(Generic[_RoleT]):
     Args:
         connect: makes the client; called on the new thread.
         assume: makes the role of the operation, given the client; likewise.
+        apart: calls what it is given with another client, which is dropped afterwards.
         connect_limit: seconds after which ``connect`` counts as stuck.
         slack: seconds by which a call may exceed its own limit before it counts as stuck.
     """
@@ -55,6 +49,7 @@ class StoreThread(Generic[_RoleT]):
         self,
         connect: Callable[[], StoreClient],
         assume: Callable[[StoreClient], _RoleT],
+        apart: Callable[[AtLimit], None],
         *,
         name: str,
         slack: float,
@@ -67,6 +62,7 @@ class StoreThread(Generic[_RoleT]):
         self._ready: Future[_RoleT] = Future()
         self._broken: BaseException | None = None
         self._ended = threading.Event()
+        self._limits = LimitKeeper(apart)
         self._refuse = threading.Lock()
         self.client: StoreClient | None = None
         self._thread = threading.Thread(
@@ -97,14 +93,17 @@ class StoreThread(Generic[_RoleT]):
             CoordinationError: kind ``store_lost``.
             TimeoutError: not within ``limit`` seconds.
         """
-        left = limit
-        while not wait([future], timeout=_LOOK if left is None else min(_LOOK, left)).done:
+        deadline = None if limit is None else time.monotonic() + limit
+        pause = LOOK
+        while True:
+            if deadline is not None:
+                pause = min(pause, max(deadline - time.monotonic(), 0.0))
+            if wait([future], timeout=pause).done:
+                return future.result()
             self.raise_if_stuck()
-            if left is not None:
-                left -= _LOOK
-                if left <= 0:
-                    raise TimeoutError
-        return future.result()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError
+            pause = self._limits.look(None if self.client is None else self.client.limit)
 
     def raise_if_stuck(self) -> None:
         """Raise ``store_lost`` if the store has not answered for too long."""
@@ -117,7 +116,8 @@ class StoreThread(Generic[_RoleT]):
                 )
             return
         if client.overdue(self._slack):
-            client.lose(f"no answer within {self._slack:.3g} s of the limit of a call", _SLOW_NAMES)
+            why = f" ({self._limits.problem})" if self._limits.problem else ""
+            client.lose(f"no answer within {self._slack:.3g} s of the limit of a call{why}")
         if client.lost is not None:
             raise client.lost
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
+from dcp_engine.coordination.limits import LOOK
 from dcp_engine.errors import CoordinationError
 
 __all__ = ["run_watched"]
@@ -18,8 +19,16 @@ __all__ = ["run_watched"]
 _Result = TypeVar("_Result")
 
 
-def run_watched(call: Callable[[], _Result], limit: float, location: str) -> _Result:
+def run_watched(
+    call: Callable[[], _Result],
+    limit: float,
+    location: str,
+    look: Callable[[], float] = lambda: LOOK,
+) -> _Result:
     """Run ``call`` on a thread of its own, so that signals are seen meanwhile.
+
+    Args:
+        look: called again and again meanwhile; returns the seconds until the next time.
 
     Raises:
         CoordinationError: kind ``store_lost``, if it has not returned within ``limit`` seconds or
@@ -35,7 +44,7 @@ def run_watched(call: Callable[[], _Result], limit: float, location: str) -> _Re
 
     threading.Thread(target=run, name="dcp_engine-watched", daemon=True).start()
     deadline = time.monotonic() + limit
-    while not wait([done], timeout=min(0.5, max(deadline - time.monotonic(), 0.0))).done:
+    while not wait([done], timeout=min(look(), max(deadline - time.monotonic(), 0.0))).done:
         if time.monotonic() >= deadline:
             raise CoordinationError(
                 f"the store at {location} does not answer within {limit:.3g} s", kind="store_lost"

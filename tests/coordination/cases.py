@@ -257,7 +257,7 @@ def with_stale_keys() -> Any:
     if dist.get_rank() == 0:
         store.set(f"dcp_engine/{group}/hello/1", pickle.dumps("not even a greeting"))
         store.set(f"dcp_engine/{group}/welcome/0123", "feed")
-        store.set(f"dcp_engine/{group}/feed/go", "")
+        store.set(f"dcp_engine/{group}/feed/go", "+")
         dist.barrier()
         time.sleep(0.1)
     else:

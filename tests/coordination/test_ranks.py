@@ -77,10 +77,14 @@ def test_a_dead_rank_is_named_by_its_silence(ranks: RankPool, how: str) -> None:
 @pytest.mark.parametrize("how", ["kill", "stop"])
 @pytest.mark.parametrize("phase", ["write", "commit"])
 def test_a_dead_coordinator_is_named(ranks: RankPool, how: str, phase: str) -> None:
+    ranks.run(3, cases.add_up, 1)
+    logged = [len(ranks.log(rank)) for rank in range(3)]
     results = ranks.run(3, cases.strike, 0, how, 0, phase, expect_kill=[0])
-    for result in results[1:]:
+    for rank, result in enumerate(results[1:], start=1):
         assert (result["kind"], result["ranks"]) == ("stalled", [0])
         assert "the coordinator" in result["text"]
+        # A wait that ran out in the store would have been logged there, with names looked up.
+        assert "c10d" not in ranks.log(rank)[logged[rank] :]
 
 
 def test_a_coordinator_that_never_decides_is_named(ranks: RankPool) -> None:
