@@ -18,12 +18,8 @@ from dcp_engine.format.manifest import Manifest
 from dcp_engine.loader.shared_reads import BUDGET_BYTES, read_shared
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource
-from dcp_engine.planning.shared_reads import (
-    RankShare,
-    interests_of,
-    plan_shared_reads,
-    slab_bytes_for,
-)
+from dcp_engine.planning.shared_interests import interests_of
+from dcp_engine.planning.shared_reads import RankShare, plan_shared_reads, slab_bytes_for
 from dcp_engine.planning.shared_wire import (
     decode_interests,
     decode_share,

@@ -1,7 +1,7 @@
 """In which round of an exchange each slab is read, so that no rank holds more than it may.
 
 Belongs here: rounds, and what they take. Pure functions. Does not belong here: slabs and their
-readers (``shared_reads``).
+readers (``shared_slabs``).
 """
 
 from __future__ import annotations

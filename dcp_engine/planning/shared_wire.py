@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dcp_engine.planning.packing import Packed, malformed, pack, unpack
-from dcp_engine.planning.shared_reads import Interests, RankShare
+from dcp_engine.planning.shared_interests import Interests
+from dcp_engine.planning.shared_reads import RankShare
 
 __all__ = ["decode_interests", "decode_share", "encode_interests", "encode_share"]
 

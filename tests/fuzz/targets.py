@@ -33,7 +33,8 @@ from dcp_engine.format.object_codec import decode_object, encode_object
 from dcp_engine.format.shard_file import HeaderEntry, encode_header, parse_header
 from dcp_engine.planning.columns import LocalPlan
 from dcp_engine.planning.global_plan import assignments, make_global_plan
-from dcp_engine.planning.shared_reads import Interests, plan_shared_reads
+from dcp_engine.planning.shared_interests import Interests
+from dcp_engine.planning.shared_reads import plan_shared_reads
 from dcp_engine.planning.shared_wire import (
     decode_interests,
     decode_share,

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_engine.errors import CoordinationError
-from dcp_engine.planning.shared_reads import (
-    ALONE,
-    Interests,
-    RankShare,
-    plan_shared_reads,
-    slab_bytes_for,
-)
+from dcp_engine.planning.shared_interests import Interests
+from dcp_engine.planning.shared_reads import ALONE, RankShare, plan_shared_reads, slab_bytes_for
 from dcp_engine.planning.shared_wire import (
     decode_interests,
     decode_share,
@@ -343,7 +338,7 @@ def test_one_place_with_two_shapes_is_left_alone() -> None:
 
 
 def test_too_much_to_plan_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcp_engine.planning.shared_reads.MAX_PAIRS", 3)
+    monkeypatch.setattr("dcp_engine.planning.shared_slabs.MAX_PAIRS", 3)
     shapes = [(16,)]
     job = Job(shapes, [whole(shapes)] * 2, slab_bytes=BLOCK)
     assert all(len(share.rows) == len(share.slab_row) == 0 for share in job.shares)
