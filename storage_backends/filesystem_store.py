@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,22 +22,17 @@ from urllib.parse import unquote, urlsplit
 from dcp_engine.errors import DamagedCheckpointError, StorageError, UsageError
 from dcp_engine.redaction import redact_url
 from dcp_engine.registry import scheme_of
-from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange, StoredFile
+from dcp_engine.storage import ByteStore, ByteStoreFile, ReadRange, StoredFile
 from storage_backends.directory_entries import (
     DIRECTORY_FLAGS,
     remove,
     remove_empty_directory,
     walk,
 )
+from storage_backends.filesystem_file import FileSystemFile
 from storage_backends.names import split_name
 from storage_backends.os_errors import storage_error, storage_errors
-from storage_backends.vectored_io import (
-    WRITE_BACK_BYTES,
-    pread_all,
-    pread_ranges,
-    pwrite_all,
-    start_write_back,
-)
+from storage_backends.vectored_io import pread_all, pread_ranges, pwrite_all
 
 __all__ = ["FileSystemStore", "path_of"]
 
@@ -214,7 +208,7 @@ class FileSystemStore(ByteStore):
             self._parent(name) as (directory, last),
         ):
             descriptor = os.open(last, _NEW_FILE, 0o666, dir_fd=directory)
-        return _FileSystemFile(self, name, descriptor, size)
+        return FileSystemFile(self, name, descriptor, size)
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
         with (
@@ -377,63 +371,3 @@ class FileSystemStore(ByteStore):
                         return
         except FileNotFoundError:
             return
-
-
-class _FileSystemFile(ByteStoreFile):
-    """A file being written under its final name (which no reader knows before the commit)."""
-
-    def __init__(
-        self, store: FileSystemStore, name: str, descriptor: int, size: int | None
-    ) -> None:
-        self._store = store
-        self._name = name
-        self._size = size
-        self._descriptor: int | None = descriptor
-        self._lock = threading.Lock()
-        # One write at a time: the kernel's own lock of a file lets no more in, and threads that
-        # wait for it burn processor time that digests need.
-        self._writing = threading.Lock()
-
-    def _open_descriptor(self) -> int:
-        if self._descriptor is None:
-            raise StorageError(
-                "the file is closed already", checkpoint=self._store.url, file=self._name
-            )
-        return self._descriptor
-
-    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
-        with storage_errors("write the file", checkpoint=self._store.url, file=self._name):
-            descriptor = self._open_descriptor()
-            with self._writing:
-                pwrite_all(descriptor, buffers, offset)
-            if self._store.durable_sync:
-                nbytes = sum(buffer.nbytes for buffer in buffers)
-                # A small file's bytes too, when they are all there: it may be synced after others.
-                if nbytes >= WRITE_BACK_BYTES or offset + nbytes == self._size:
-                    start_write_back(descriptor, offset, nbytes)
-
-    def sync(self) -> None:
-        if not self._store.durable_sync:
-            return
-        with storage_errors("make the file durable", checkpoint=self._store.url, file=self._name):
-            os.fsync(self._open_descriptor())
-
-    def _take(self) -> int | None:
-        with self._lock:
-            descriptor, self._descriptor = self._descriptor, None
-        return descriptor
-
-    def close(self) -> None:
-        descriptor = self._take()
-        if descriptor is not None:
-            # NFS reports at close that a write before failed.
-            with storage_errors("close the file", checkpoint=self._store.url, file=self._name):
-                os.close(descriptor)
-
-    def abort(self) -> None:
-        descriptor = self._take()
-        if descriptor is not None:
-            with suppress(OSError):
-                os.close(descriptor)
-        with suppress(OSError):
-            self._store.delete([self._name])
