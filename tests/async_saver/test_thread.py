@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
-from storage_backends import filesystem_store
+from storage_backends import filesystem_file, filesystem_store, vectored_io
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
 from tests.async_saver.states import (
     assert_holds,
@@ -241,7 +241,7 @@ def test_too_little_memory(
 def test_only_the_writing_gives_way(
     engine: dcp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = filesystem_store.pwrite_all
+    write = vectored_io.pwrite_all
     seen: set[tuple[str, int]] = set()
 
     def look(descriptor: int, *args: Any) -> None:
@@ -250,7 +250,8 @@ def test_only_the_writing_gives_way(
         seen.add((kind, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
         write(descriptor, *args)
 
-    monkeypatch.setattr(filesystem_store, "pwrite_all", look)
+    for module in (filesystem_file, filesystem_store):
+        monkeypatch.setattr(module, "pwrite_all", look)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     lowered = min(own + 5, 19)
 
