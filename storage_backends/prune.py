@@ -25,7 +25,7 @@ from storage_backends.filesystem import backend as filesystem
 from storage_backends.garbage import DataDirectory, data_directories
 from storage_backends.os_errors import storage_error
 from storage_backends.present import present_save_id
-from storage_backends.rank_save import remove_directory_files
+from storage_backends.replaced_data import remove_directory_files
 
 __all__ = ["KeptDirectory", "PruneReport", "RemovedDirectory", "prune", "prune_checkpoint"]
 

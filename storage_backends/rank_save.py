@@ -35,18 +35,13 @@ from dcp_engine.native_storage import CommitRecord, FileReport, RankReport, Save
 from dcp_engine.planning.columns import GlobalPlan
 from dcp_engine.storage import ByteStore, Check
 from storage_backends.commit import commit_manifest, temporary_name
-from storage_backends.garbage import (
-    DataDirectory,
-    data_directories,
-    is_proved_dead,
-    owner_record,
-    read_owner,
-)
+from storage_backends.garbage import owner_record, read_owner
 from storage_backends.layout import FileLayout, RankLayout
 from storage_backends.lowered_thread import run_lowered
 from storage_backends.open_files import OpenFiles
 from storage_backends.present import complete_set, present_checkpoint, rank_manifests
 from storage_backends.present import present_save_id as manifest_save_id
+from storage_backends.replaced_data import remove_replaced_data
 from storage_backends.reports import check_reports, make_manifest
 from storage_backends.store_errors import require_shared, writing
 from storage_backends.tensor_bytes import require_little_endian
@@ -326,30 +321,9 @@ class RankSave:
         if self._replaced is None or not self.ticket.use_collectives:
             return
         try:
-            self._remove_replaced(self._replaced.observed)
+            remove_replaced_data(self.store, self.ticket, self._replaced.observed)
         except Exception:  # whatever a store raises: the new checkpoint is committed
             logger.warning("could not remove old data from %s", self.store.url, exc_info=True)
-
-    def _remove_replaced(self, observed: str | None) -> None:
-        store = self.store
-        # What saves without collectives left here, complete or not, is hidden by our manifest.
-        names = [manifest.name for manifest in rank_manifests(store)]
-        found = data_directories(store.list("data-"))
-        garbage = [directory for directory in found if self._is_garbage(directory, observed)]
-        # Last of all: who was dead when judged commits nothing after this look at the manifest.
-        if manifest_save_id(store) != self.ticket.save_id:
-            return  # another save was committed meanwhile, and cleans up
-        store.delete(names)
-        for directory in garbage:
-            remove_directory_files(store, [file.name for file in directory.files])
-
-    def _is_garbage(self, directory: DataDirectory, observed: str | None) -> bool:
-        if directory.save_id == self.ticket.save_id:
-            return False
-        if directory.save_id == observed:
-            return not self.ticket.keep_replaced
-        owner = read_owner(self.store, directory.name)
-        return owner is not None and is_proved_dead(owner, self.ticket.identity)
 
     def abort(self) -> None:
         """Remove what this rank wrote; the last rank to do so removes the data directory."""
@@ -397,13 +371,6 @@ def _parents(directory: str, files: Iterable[str]) -> list[str]:
         parts = name.split("/")[:-1]
         found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
     return [f"{directory}/{name}" for name in sorted(found)]
-
-
-def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:
-    """Remove a data directory's files, the owner record last: a clean-up that is interrupted
-    leaves something that the next one can still judge."""
-    ordered = sorted(names, key=lambda name: (name.endswith(f"/{OWNER_NAME}"), name))
-    store.delete(ordered)
 
 
 def _header(layout: FileLayout, save_id: str) -> bytes:
