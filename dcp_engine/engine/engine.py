@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import EllipsisType, TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from dcp_engine.engine.arguments import (
 from dcp_engine.engine.lookup import agree_on_latest
 from dcp_engine.engine.save_ids import SaveIds
 from dcp_engine.engine.sessions import Place, Sessions
-from dcp_engine.errors import StorageError, UsageError
+from dcp_engine.errors import CheckpointError, StorageError, UsageError
 from dcp_engine.executors.main_end import call_at_main_end
 from dcp_engine.executors.process.settings import MAX_NICE
 from dcp_engine.loader import LoadOptions, LoadReport, load
@@ -68,7 +69,8 @@ class Engine:
             to the nice value of the worker process (None: 10), and, on Linux, of the thread that
             digests and writes where a save by a thread goes to a file system (None: 5).
 
-    The session with the other ranks opens at the first operation that needs it, which must be
+    Making one imports the storage backend of local paths, so that the first save does not wait for
+    that. The session with the other ranks opens at the first operation that needs it, which must be
     the same one on all ranks. A context manager; ``close`` may be called twice.
     """
 
@@ -98,6 +100,8 @@ class Engine:
         """At the end of the program ``drain_timeout`` was not enough."""
         self._owner = os.getpid()
         self._registry = BackendRegistry()
+        with suppress(CheckpointError):  # whoever needs it will be told
+            self._registry.backend(os.curdir)
         self._plans = PlanMemory()
         self._alone_plans = PlanMemory()
 

@@ -145,20 +145,20 @@ def _host_jobs(
     pen: threading.Lock | None,
 ) -> Iterator[_Job]:
     """``pen``: whoever holds it writes to the descriptor; None if nobody should."""
+    nbytes, offsets = layout.nbytes.tolist(), layout.offsets.tolist()
     small, large, strided = [], [], []
     for row in rows:
         if not sources[row].is_contiguous():
             strided.append(row)
-        elif layout.nbytes[row] < SMALL:
+        elif nbytes[row] < SMALL:
             small.append(row)
         else:
             large.append(row)
+    begin = arena.view(0, layout.size).data_ptr()
     for row in large:
-        source = sources[row].data_ptr()
-        nbytes, offset = int(layout.nbytes[row]), int(layout.offsets[row])
-        target = arena.view(offset, nbytes).data_ptr()
-        for at in range(0, nbytes, _SLICE):
-            move = _Move(target + at, source + at, min(_SLICE, nbytes - at))
+        source, offset, size = sources[row].data_ptr(), offsets[row], nbytes[row]
+        for at in range(0, size, _SLICE):
+            move = _Move(begin + offset + at, source + at, min(_SLICE, size - at))
             yield move if pen is None else _FirstMove(move, arena.fileno(), offset + at, pen)
     for row in strided:
         for to, source_part in _slices(_target(arena, layout, row, sources[row]), sources[row]):

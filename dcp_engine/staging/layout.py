@@ -94,12 +94,13 @@ def make_layout(tensors: Sequence[torch.Tensor]) -> ArenaLayout:
     conjugate or negative view: its memory is not its value (``plain_memory`` resolves it).
     """
     codes: dict[torch.dtype, int] = {}
-    dtypes = np.empty(len(tensors), np.uint8)
-    ndims = np.empty(len(tensors), np.uint8)
-    nbytes = np.empty(len(tensors), np.int64)
+    # Lists, of which columns are made at the end: numpy takes single numbers slowly.
+    dtypes: list[int] = []
+    ndims: list[int] = []
+    sizes: list[int] = []
     shapes: list[int] = []
     first: dict[Hashable, int] = {}
-    shared = np.arange(len(tensors), dtype=np.int64)
+    rows: list[int] = []
     for row, tensor in enumerate(tensors):
         dtype, shape = tensor.dtype, tensor.shape
         code = codes.get(dtype)
@@ -107,11 +108,13 @@ def make_layout(tensors: Sequence[torch.Tensor]) -> ArenaLayout:
             code = codes[dtype] = code_of(dtype)
         if (dtype.is_complex and tensor.is_conj()) or tensor.is_neg():
             raise UsageError("a conjugate or negative view was to be staged as it is")
-        dtypes[row], ndims[row] = code, len(shape)
-        shapes.extend(shape)
-        size = nbytes[row] = tensor.numel() * dtype.itemsize
-        if size:
-            shared[row] = first.setdefault(_memory(tensor, int(size)), row)
+        dtypes.append(code)
+        ndims.append(len(shape))
+        shapes += shape
+        size = tensor.nbytes
+        sizes.append(size)
+        rows.append(first.setdefault(_memory(tensor, size), row) if size else row)
+    nbytes, shared = np.array(sizes, np.int64), np.array(rows, np.int64)
     own = np.flatnonzero((nbytes > 0) & (shared == np.arange(len(tensors))))
     distinct = own[np.argsort(nbytes[own] >= SMALL, kind="stable")]
     alignment = np.where(nbytes[distinct] >= SMALL, _PAGE, _ALIGNMENT)
@@ -120,8 +123,8 @@ def make_layout(tensors: Sequence[torch.Tensor]) -> ArenaLayout:
     return ArenaLayout(
         offsets=offsets[shared],
         nbytes=nbytes,
-        dtypes=dtypes,
-        ndims=ndims,
+        dtypes=np.array(dtypes, np.uint8),
+        ndims=np.array(ndims, np.uint8),
         shapes=np.array(shapes, np.int64),
         distinct=distinct,
         size=end,

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_a_future_of_metadata(engine: dcp.Engine, tmp_path: Path) -> None:
     assert set(metadata.state_dict_metadata) > {"plain", "step", "options.lr"}
     assert response.progress().phase == "done"
     assert response.exception() is None
+
+
+def test_the_first_save_looks_for_no_backend(
+    engine: dcp.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would wait for the import."""
+
+    def look(**given: Any) -> Any:
+        raise Boom
+
+    monkeypatch.setattr(metadata, "entry_points", look)
+    engine.async_save({"w": torch.ones(4)}, checkpoint_id=tmp_path / "c").result(LIMIT)
+    with pytest.raises(Boom):
+        engine.async_save({"w": torch.ones(4)}, checkpoint_id="memory://c")
 
 
 @pytest.mark.parametrize("background", [False, True])

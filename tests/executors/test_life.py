@@ -22,6 +22,7 @@ from dcp_engine.executors.process import (
     WorkerError,
     WorkerProcess,
     WorkerSettings,
+    parent,
     standstill,
 )
 from tests.executors.conftest import LIMIT, ROOT, Make
@@ -337,6 +338,34 @@ def test_closing_kills_what_is_stopped(make: Make) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
     worker.close(0.05)
     assert gone(worker.pid)
+
+
+def test_closing_does_not_wait_for_what_is_stopped(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Unless somebody waits for an answer, who minds for how long it may be stopped."""
+    monkeypatch.setattr(parent, "LOOK_S", 0.01)
+    monkeypatch.setattr(parent, "_STOPPED_S", 0.02)
+    flag = tmp_path / "flag"
+    flag.touch()
+    worker = make(shutdown_timeout=1000.0)
+    assert worker.pid is not None
+    call = Call(worker, "say_and_wait", str(flag).encode())
+    os.kill(worker.pid, signal.SIGSTOP)
+    closing = threading.Thread(target=worker.close, daemon=True)
+    closing.start()
+    closing.join(0.2)
+    assert worker.alive, "it may go on yet"
+    flag.unlink()
+    os.kill(worker.pid, signal.SIGCONT)
+    assert call.future.result(LIMIT) == b"gone"
+    closing.join(LIMIT)
+    assert not worker.alive
+    idle = make(shutdown_timeout=1000.0)
+    assert idle.pid is not None
+    os.kill(idle.pid, signal.SIGSTOP)
+    idle.close()
+    assert gone(idle.pid)
 
 
 def test_closing_a_worker_that_is_not_up_does_not_wait_for_it(make: Make) -> None:

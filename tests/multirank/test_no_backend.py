@@ -33,14 +33,15 @@ def _no_descriptors(*args: Any, **kwargs: Any) -> Any:
 
 def _without_backend_on_rank_1(path: str, call: str) -> dict[str, Any]:
     dcp.save({"w": torch.ones(4)}, checkpoint_id=path)
-    with dcp.Engine(timeout=600.0) as engine:
-        looks = mock.patch.object(metadata, "entry_points", _no_descriptors)
-        with looks if dist.get_rank() == 1 else mock.MagicMock():
-            try:
-                CALLS[call](engine, path)
-            except dcp.CheckpointError as error:
-                ranks = getattr(error, "failures", {})
-                found = {"kind": error.kind, "ranks": sorted(ranks), "text": str(error)}
+    looks = mock.patch.object(metadata, "entry_points", _no_descriptors)
+    with looks if dist.get_rank() == 1 else mock.MagicMock():
+        engine = dcp.Engine(timeout=600.0)  # looks for one, too
+        try:
+            CALLS[call](engine, path)
+        except dcp.CheckpointError as error:
+            ranks = getattr(error, "failures", {})
+            found = {"kind": error.kind, "ranks": sorted(ranks), "text": str(error)}
+    with engine:
         # Nothing is out of step, and the backend is found when it can be.
         CALLS[call](engine, path)
     return found

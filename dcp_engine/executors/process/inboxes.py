@@ -40,6 +40,12 @@ class Inboxes:
         with self._lock:
             self._open.pop(number, None)
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for an answer."""
+        with self._lock:
+            return bool(self._open)
+
     def deliver(self, number: int, message: FromWorker, body: bytes) -> None:
         """To whoever waits for it, if anybody does."""
         with self._lock:

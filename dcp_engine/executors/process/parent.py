@@ -36,6 +36,9 @@ from dcp_engine.executors.process.turns import Turns
 
 __all__ = ["WorkerProcess"]
 
+_STOPPED_S = 1.0
+"""Seconds for which a worker may be stopped while it is to end and has nothing else to do."""
+
 
 class _Late(Exception):
     """The deadline of a call. Not ``TimeoutError``: a handler may raise that itself."""
@@ -101,7 +104,8 @@ class WorkerProcess(Closing):
 
         Args:
             timeout: seconds until it is killed; by default the settings' ``shutdown_timeout``. A
-                worker that has not come up is killed at once.
+                worker that has not come up is killed at once, and one that is stopped (SIGSTOP)
+                and that nobody waits for an answer of, soon.
         """
         if os.getpid() != self._owner:
             return  # a fork: the worker is not its child
@@ -119,10 +123,21 @@ class WorkerProcess(Closing):
             supervisor.kill()
         if own:
             return  # it goes on to see the end
-        if not supervisor.ended.wait(max(end - time.monotonic(), 0.0)):
+        if not self._ends_by(end):
             supervisor.kill()
             supervisor.ended.wait(REAP_S)
         thread.join(REAP_S)
+
+    def _ends_by(self, deadline: float) -> bool:
+        """Wait for the end. A process that is stopped does not come to it by itself."""
+        supervisor, pid = self._supervisor, self.pid
+        standstill = None if pid is None else Standstill(pid, _STOPPED_S)
+        while not supervisor.ended.wait(min(LOOK_S, max(deadline - time.monotonic(), 0.0))):
+            if time.monotonic() >= deadline:
+                return False
+            if standstill is not None and standstill.look() and not supervisor.inboxes.awaited:
+                return False
+        return True
 
     def _ask_to_end(self, channel: Channel, first: bool, end: float) -> bool:
         if not first:
