@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dcp_engine.errors import CoordinationError
 
-__all__ = ["StoreAddress", "address_of", "connect", "without_prefix"]
+__all__ = ["StoreAddress", "address_of", "connect", "lost_store", "without_prefix"]
 
 _stores: Any = dist
 """The store classes, which torch's type stubs know only in part."""
@@ -78,10 +78,15 @@ def connect(address: StoreAddress, timeout: float = 60.0) -> Any:
         store = _stores.FileStore(address.path) if address.kind == "file" else _stores.HashStore()
         store.set_timeout(limit)
     except RuntimeError as error:  # all errors of c10d stores are
-        reason = str(error).split("Exception raised from", 1)[0].strip()
-        raise CoordinationError(
-            f"the store at {address} cannot be reached: {reason}",
-            kind="store_lost",
-            hint="the process that hosts the store, or the way to it, is gone; restart the job",
-        ) from None
+        raise lost_store(address, error) from None
     return store
+
+
+def lost_store(address: StoreAddress, error: RuntimeError) -> CoordinationError:
+    """What to raise for an error of the store at ``address``."""
+    reason = str(error).split("Exception raised from", 1)[0].strip()
+    return CoordinationError(
+        f"the store at {address} cannot be reached: {reason}",
+        kind="store_lost",
+        hint="the process that hosts the store, or the way to it, is gone; restart the job",
+    )

@@ -9,6 +9,8 @@ memory and without a second group.
 
 from __future__ import annotations
 
+import functools
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +19,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dcp_engine.coordination.address import StoreAddress, address_of, connect
-from dcp_engine.coordination.identity import restart_count, run_id
+from dcp_engine.coordination.address import StoreAddress, address_of, connect, lost_store
 from dcp_engine.coordination.store_client import KeyValueStore
 from dcp_engine.errors import UsageError
 
@@ -121,22 +122,26 @@ def store_access(process_group: dist.ProcessGroup | None) -> StoreAccess | None:
         return None
     if address.kind == "memory":
         return StoreAccess(connect=lambda: _OneForAll(store), address=address)
-    return StoreAccess(
-        connect=lambda: cast(KeyValueStore, _clone(store) or _reconnect(address)),
-        address=address,
-    )
+    return StoreAccess(connect=_connections(store, address), address=address)
 
 
-def _clone(store: Any) -> Any:
-    """A copy with a connection of its own, prefixes kept; None where torch cannot (before 2.7)."""
+def _connections(store: Any, address: StoreAddress) -> Callable[[], KeyValueStore]:
+    """Opens connections that see the keys of ``store``'s prefixes, or keys like them, and no
+    others."""
     clone = getattr(store, "clone", None)
-    return clone() if clone is not None else None
+    if clone is not None:
+        return cast(Callable[[], KeyValueStore], clone)
+    # torch 2.6 copies no store, and nobody can ask a PrefixStore for its prefix. A name that the
+    # ranks agree on under these prefixes stands for them; nobody waits for that.
+    name = functools.cache(lambda: _agreed_name(store, address))
+    return lambda: cast(KeyValueStore, _stores.PrefixStore(name(), connect(address, 300.0)))
 
 
-def _reconnect(address: StoreAddress) -> Any:
-    """For a torch that cannot clone: the prefixes are lost, but another attempt of the same job
-    has other keys, and the nonces of the handshake keep strangers out."""
-    return _stores.PrefixStore(f"{run_id()}.{restart_count()}", connect(address, 300.0))
+def _agreed_name(store: Any, address: StoreAddress) -> str:
+    try:
+        return bytes(store.compare_set("dcp_engine/name", "", uuid.uuid4().hex)).decode()
+    except RuntimeError as error:  # all errors of c10d stores are
+        raise lost_store(address, error) from None
 
 
 class _OneForAll:

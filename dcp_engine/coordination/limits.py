@@ -5,7 +5,8 @@ Belongs here: ``WaitLimit`` and who sees to it. Does not belong here: what the k
 A wait of a ``TCPStore`` that runs out writes C++ warnings to standard error, and for these looks
 host names up (torch 2.13: two reverse lookups a wait, which take 5 s and more where the name server
 does not answer). So the store's own limit is never reached on purpose: when the time is up, another
-connection makes the key come.
+connection makes the key come. A new connection looks names up too, on both ends, so it is made some
+time before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 __all__ = ["BEYOND", "LOOK", "LimitKeeper", "WaitLimit"]
@@ -31,10 +33,12 @@ class WaitLimit(Generic[_Client]):
     Args:
         at: by the monotonic clock.
         end: makes the key come, over another connection, on another thread.
+        lead: seconds before ``at`` from which on that connection is made.
     """
 
-    def __init__(self, at: float, end: Callable[[_Client], object]) -> None:
+    def __init__(self, at: float, end: Callable[[_Client], object], lead: float = 0.0) -> None:
         self.at = at
+        self.lead = lead
         self._end = end
         self._lock = threading.Lock()
         self._over = False
@@ -49,10 +53,10 @@ class WaitLimit(Generic[_Client]):
             self._begun = True
             return True
 
-    def run(self, apart: Callable[[Callable[[_Client], object]], object]) -> None:
+    def run(self, connection: Callable[[], _Client]) -> None:
         """End the wait."""
         try:
-            apart(self._end)
+            self._end(connection())
         finally:
             self._done.set()
 
@@ -69,11 +73,16 @@ class LimitKeeper(Generic[_Client]):
     """Ends waits whose time is up, for a thread that looks at it now and then.
 
     Args:
-        apart: calls what it is given with a connection of its own.
+        connect: makes the other connection, once.
+        drop: lets it go.
     """
 
-    def __init__(self, apart: Callable[[Callable[[_Client], object]], object]) -> None:
-        self._apart = apart
+    def __init__(
+        self, connect: Callable[[], _Client], drop: Callable[[_Client], object] = lambda _: None
+    ) -> None:
+        self._connect = connect
+        self._drop = drop
+        self._client: Future[_Client] | None = None
         self.problem = ""
         """Why a wait could not be ended."""
 
@@ -85,16 +94,38 @@ class LimitKeeper(Generic[_Client]):
         """
         if limit is None:
             return LOOK
-        if limit.begin():
-            # Not on this thread: a store whose host is frozen takes no connection.
-            threading.Thread(
-                target=self._end, args=(limit,), name="dcp_engine-limit", daemon=True
-            ).start()
-        left = limit.at - time.monotonic()
+        # Not on this thread: a store whose host is frozen takes no connection.
+        left = limit.at - limit.lead - time.monotonic()
+        if left <= 0:
+            if self._client is None:
+                self._client = Future()
+                _start(self._make, self._client)
+            if limit.begin():
+                _start(self._end, limit, self._client)
+            left = limit.at - time.monotonic()
         return min(left, LOOK) if left > 0 else LOOK
 
-    def _end(self, limit: WaitLimit[_Client]) -> None:
+    def close(self) -> None:
+        """Let the other connection go, if there is one."""
+        if self._client is not None:
+            self._client.add_done_callback(self._drop_made)
+
+    def _make(self, client: Future[_Client]) -> None:
         try:
-            limit.run(self._apart)
+            client.set_result(self._connect())
+        except Exception as error:  # whoever needs it will say so
+            client.set_exception(error)
+
+    def _end(self, limit: WaitLimit[_Client], client: Future[_Client]) -> None:
+        try:
+            limit.run(client.result)
         except Exception as error:  # whoever looks finds the wait overdue, and says why
             self.problem = f"{type(error).__name__}: {error}"
+
+    def _drop_made(self, client: Future[_Client]) -> None:
+        if client.exception() is None:
+            self._drop(client.result())
+
+
+def _start(run: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=run, args=args, name="dcp_engine-limit", daemon=True).start()

@@ -192,7 +192,12 @@ class StoreOperation(Operation):
         try:
             reply = self._await(lambda role, future: role.fail(record, future))
         except CoordinationError as lost:
-            self._lost(lost, error)
+            # What a check raised because of this loss, or of another rank, is no failure here.
+            told = isinstance(error, CoordinationError) and error.kind in (
+                "store_lost",
+                "interrupted",
+            )
+            self._lost(lost, None if told else error)
         self._granted(reply, phase, error)
         raise CoordinationError(  # a verdict of success cannot follow a failure
             "the operation went on after a failure", kind="out_of_step", rank=self.rank
@@ -266,12 +271,16 @@ class StoreOperation(Operation):
 
     def _apart(self, call: AtLimit) -> None:
         """Say something over another connection, while the store thread waits."""
-        client = self._connect()
-        client.patience = self._patience()
+        client = self._another()
         try:
             call(client)
         finally:
             self._drop(client)
+
+    def _another(self) -> StoreClient:
+        client = self._connect()
+        client.patience = self._patience()
+        return client
 
     def _record(self, error: BaseException) -> FailureRecord:
         thread = self._thread
@@ -289,7 +298,8 @@ class StoreOperation(Operation):
                 self._thread = StoreThread(
                     self._connect,
                     self._assume,
-                    self._apart,
+                    self._another,
+                    self._drop,
                     name=f"dcp_engine-{self._heading.kind}-{self.number}",
                     connect_limit=self._patience(),
                     slack=max(self._rhythm.slack, self._patience() / 4),

@@ -27,6 +27,8 @@ from dcp_engine.coordination.words import EVENT, FAILURE, REPORT, Pulse, Tally, 
 
 __all__ = ["ParticipantRole"]
 
+_LEAD = 45.0
+"""Seconds: longer than lookups of host names take where the name server does not answer."""
 _NEVER = 3600.0
 """Seconds to sleep when nothing is due."""
 
@@ -47,6 +49,11 @@ class ParticipantRole(Role):
         self._decide_phase = ""
         self._had_answer = False
         self._left_early = False
+        # What one rank says in the coordinator's place all others hear: the first of them does, and
+        # is ready for it; the others only if it has not, and connect only then.
+        first = self.rank == min({0, 1} - {self._coordinator})
+        self._stagger = 0.0 if first else self.rhythm.slack / 2
+        self._lead = _LEAD if first else 0.0
 
     def turn(self) -> float:
         """One heartbeat, or one wait for the coordinator."""
@@ -146,7 +153,7 @@ class ParticipantRole(Role):
             return
         number = self._next_event
         speak = partial(self._speak_for_coordinator, number=number, kind=kind)
-        event = self._event(number, left, speak if kind else None)
+        event = self._event(number, left + self._stagger, speak if kind else None)
         if event is None:
             return  # the next turn gives up
         self._next_event += 1
@@ -170,7 +177,8 @@ class ParticipantRole(Role):
 
     def _event(self, number: int, limit: float, at_limit: AtLimit | None = None) -> Event | None:
         try:
-            return decode(self.client.take(self.keys.event(number), limit, at_limit)[0], Event)
+            data, _ = self.client.take(self.keys.event(number), limit, at_limit, self._lead)
+            return decode(data, Event)
         except WaitTimeout:
             return None
 
@@ -207,7 +215,7 @@ class ParticipantRole(Role):
                 return
             blame = partial(self._blame, kind="stalled", since=self._waiting_since)
             try:
-                data = self.client.get(self.keys.outcome, left, blame)
+                data = self.client.get(self.keys.outcome, left + self._stagger, blame, self._lead)
             except WaitTimeout:
                 return
             self.outcome = decode(data, FailureVerdict)

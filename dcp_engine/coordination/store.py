@@ -154,7 +154,7 @@ class StoreSession(Session):
         def new_client() -> StoreClient:
             return StoreClient(connect(), location, patience=timeout)
 
-        limits = LimitKeeper[StoreClient](lambda call: call(new_client()))
+        limits = LimitKeeper(new_client)
         clients: list[StoreClient] = []
 
         def meet() -> tuple[StoreClient, str]:

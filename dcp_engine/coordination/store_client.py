@@ -130,18 +130,28 @@ class StoreClient:
 
             self._call("multi_set", self.patience, write)
 
-    def get(self, key: str, timeout: float | None = None, at_limit: AtLimit | None = None) -> bytes:
+    def get(
+        self,
+        key: str,
+        timeout: float | None = None,
+        at_limit: AtLimit | None = None,
+        lead: float = 0.0,
+    ) -> bytes:
         """Wait for a key and read it.
 
         Args:
             at_limit: makes the key come when the time is up, see ``limits``. For keys that may
                 never come.
+            lead: seconds before, at most half of the wait, from which on there is a connection for
+                that.
 
         Raises:
             WaitTimeout: it did not come within ``timeout`` seconds.
         """
         limit = self.patience if timeout is None else max(timeout, 0.001)
-        ending = None if at_limit is None else WaitLimit(time.monotonic() + limit, at_limit)
+        ending = None
+        if at_limit is not None:
+            ending = WaitLimit(time.monotonic() + limit, at_limit, min(lead, limit / 2))
 
         def read() -> bytes:
             if ending is None:
@@ -223,10 +233,14 @@ class StoreClient:
         return self.compare_set(key, _WHOLE + value) == _WHOLE + value
 
     def take(
-        self, key: str, timeout: float | None = None, at_limit: AtLimit | None = None
+        self,
+        key: str,
+        timeout: float | None = None,
+        at_limit: AtLimit | None = None,
+        lead: float = 0.0,
     ) -> tuple[bytes, int]:
         """Wait for a value of any size, as ``get``; return it and the number of its pieces."""
-        return self._whole(key, self.get(key, timeout, at_limit))
+        return self._whole(key, self.get(key, timeout, at_limit, lead))
 
     def multi_take(self, keys: Sequence[str]) -> list[bytes]:
         """Read values of any size that are there."""

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from dcp_engine.coordination.limits import LOOK, LimitKeeper
 from dcp_engine.coordination.role import Role
-from dcp_engine.coordination.store_client import AtLimit, StoreClient, WaitTimeout
+from dcp_engine.coordination.store_client import StoreClient, WaitTimeout
 from dcp_engine.errors import CoordinationError
 
 __all__ = ["StoreThread"]
@@ -40,7 +40,8 @@ class StoreThread(Generic[_RoleT]):
     Args:
         connect: makes the client; called on the new thread.
         assume: makes the role of the operation, given the client; likewise.
-        apart: calls what it is given with another client, which is dropped afterwards.
+        another: makes another client, of another connection; called on another thread.
+        drop: takes that one back.
         connect_limit: seconds after which ``connect`` counts as stuck.
         slack: seconds by which a call may exceed its own limit before it counts as stuck.
     """
@@ -49,7 +50,8 @@ class StoreThread(Generic[_RoleT]):
         self,
         connect: Callable[[], StoreClient],
         assume: Callable[[StoreClient], _RoleT],
-        apart: Callable[[AtLimit], None],
+        another: Callable[[], StoreClient],
+        drop: Callable[[StoreClient], None],
         *,
         name: str,
         slack: float,
@@ -62,7 +64,7 @@ class StoreThread(Generic[_RoleT]):
         self._ready: Future[_RoleT] = Future()
         self._broken: BaseException | None = None
         self._ended = threading.Event()
-        self._limits = LimitKeeper(apart)
+        self._limits = LimitKeeper(another, drop)
         self._refuse = threading.Lock()
         self.client: StoreClient | None = None
         self._thread = threading.Thread(
@@ -132,6 +134,7 @@ class StoreThread(Generic[_RoleT]):
         """End the thread after what was asked before; return whether it ended in time, which it
         does not while a call to the store does not return."""
         self._requests.put(None)
+        self._limits.close()
         if not self._ended.wait(limit):
             return False
         # A thread that still unwinds when the interpreter goes would release its connection then,

@@ -88,6 +88,7 @@ def test_a_coordinator_that_never_begins() -> None:
 
 def test_a_coordinator_that_falls_silent() -> None:
     done = threading.Semaphore(0)
+    connections = [0, 0, 0]
 
     def on_rank(session: StoreSession) -> None:
         deadlines = Deadlines(timeout=_PATIENCE, stall_timeout=0.5)
@@ -104,6 +105,7 @@ def test_a_coordinator_that_falls_silent() -> None:
         try:
             _step(session, deadlines, lambda: b"", fall_silent if session.rank == 0 else bytes)
         finally:
+            connections[session.rank] = session.counters.connections
             done.release()
 
     outcomes, store = _run(3, on_rank)
@@ -111,6 +113,8 @@ def test_a_coordinator_that_falls_silent() -> None:
         _assert_coordinator_missing(outcome, "stalled")
         assert "last heard" in str(outcome)
     held = store.keys()
+    # What one rank says in its place all others hear.
+    assert connections == [1, 2, 1]
     # The coordinator learns what became of it, and whoever is last has cleaned up.
     _assert_coordinator_missing(outcomes[0], "stalled")
     assert [key for key in held if "/e/" in key] == []
@@ -188,7 +192,7 @@ def _nonces(store: MemoryStore) -> list[str]:
 
 def _open_alone(store: MemoryStore) -> None:
     client = StoreClient(store.clone(), "memory")
-    keeper = LimitKeeper[StoreClient](lambda call: call(StoreClient(store.clone(), "memory")))
+    keeper = LimitKeeper(lambda: StoreClient(store.clone(), "memory"))
     over = threading.Event()
 
     def look() -> None:
