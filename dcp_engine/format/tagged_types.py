@@ -132,7 +132,26 @@ def _encode_array(tag: bytes, value: object, array: np.ndarray[Any, Any]) -> byt
     if array.dtype.metadata:
         raise NotTaggable
     shape = b"".join(varint(size) for size in array.shape)
-    return tag + _text(name) + varint(array.ndim) + shape + array.tobytes("C")
+    return tag + _text(name) + varint(array.ndim) + shape + _elements(array)
+
+
+_X87_BYTES = 10 if np.finfo(np.longdouble).nmant == 63 else None
+"""Of a ``longdouble`` that is an x87 number; what follows them up to its size is padding."""
+
+
+def _elements(array: np.ndarray[Any, Any]) -> bytes:
+    """The elements, row-major. Padding becomes zeros: it holds what happened to be in memory, so
+    equal values would differ, and memory that is nobody's business would be stored."""
+    data = array.tobytes("C")
+    if _X87_BYTES is None or array.dtype.type not in (np.longdouble, np.clongdouble):
+        return data
+    numbers = np.frombuffer(bytearray(data), np.uint8)
+    numbers = numbers.reshape(-1, np.dtype(np.longdouble).itemsize)
+    if array.dtype.str[0] == "<":
+        numbers[:, _X87_BYTES:] = 0
+    else:
+        numbers[:, :-_X87_BYTES] = 0
+    return numbers.tobytes()
 
 
 def _read_array(reader: Reader) -> np.ndarray[Any, Any]:

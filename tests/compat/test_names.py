@@ -53,10 +53,14 @@ AT_THE_TOP = [
 
 PAIRS = [(module, name) for module, names in PROMISED.items() for name in names]
 
+# Not in torch 2.6; where it came, WriteItem got a field for it, ahead of tensor_data.
+BYTES_HAVE_DATA = hasattr(torch_dcp.planner, "BytesIOWriteData")
+
 
 @pytest.mark.parametrize(("module", "name"), PAIRS)
 def test_modules_have_dcps_names(module: str, name: str) -> None:
-    assert hasattr(importlib.import_module(f"torch.distributed.checkpoint.{module}"), name)
+    if name != "BytesIOWriteData" or BYTES_HAVE_DATA:
+        assert hasattr(importlib.import_module(f"torch.distributed.checkpoint.{module}"), name)
     ours = getattr(importlib.import_module(f"dcp_engine.{module}"), name)
     if name in AT_THE_TOP:
         assert getattr(dcp, name) is ours
@@ -119,6 +123,8 @@ def _check_callable_alike(theirs: Any, ours: Any) -> None:
     ],
 )
 def test_functions_and_constructors_take_dcps_arguments(module: str, name: str) -> None:
+    if name == "WriteItem" and not BYTES_HAVE_DATA:
+        pytest.skip("this torch's WriteItem lacks a field that ours has, as later versions do")
     theirs = getattr(importlib.import_module(f"torch.distributed.checkpoint.{module}"), name)
     theirs = inspect.unwrap(theirs)
     ours = getattr(importlib.import_module(f"dcp_engine.{module}"), name)

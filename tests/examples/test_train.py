@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.torch_features import CPU_FSDP
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SMALL = ["--width", "32", "--layers", "1", "--batch", "4", "--save-every", "2"]
 
@@ -30,6 +32,7 @@ def digests(file: Path) -> dict[str, str]:
     return loaded
 
 
+@pytest.mark.skipif(not CPU_FSDP, reason="this torch's FSDP2 does not train on CPU")
 def test_resumed_job_ends_with_the_same_bits(jobs: ModuleType, tmp_path: Path) -> None:
     def run(name: str, checkpoint: str, steps: int, *more: str) -> dict[str, str]:
         results = tmp_path / name

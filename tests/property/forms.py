@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_engine.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from dcp_engine.plan import TensorWriteData, WriteItem, WriteItemType
+from tests.meshes import dtensor_on, mesh_seen_by
 from tests.property.bytes_of import Memory, Place, place
 
 __all__ = ["Boxes", "Form", "Held", "Sharded", "Tiled", "Whole"]
@@ -78,11 +77,8 @@ class Sharded:
         self, rank: int, first_global: int, raw: torch.Tensor, dtype: torch.dtype, filling: Any
     ) -> Held | None:
         """What ``rank`` holds."""
-        mesh = DeviceMesh(
-            "cpu",
-            (torch.tensor(self.ranks) + first_global).reshape(self.mesh),
-            _init_backend=False,
-            _rank=rank + first_global,
+        mesh = mesh_seen_by(
+            rank + first_global, (torch.tensor(self.ranks) + first_global).reshape(self.mesh)
         )
         shape = raw.shape[:-1]
         coordinate = mesh.get_coordinate()
@@ -91,12 +87,7 @@ class Sharded:
         else:
             local, inside = self.cut(raw, coordinate), True
         at = place(filling(local), dtype, self.memory if inside else "contiguous")
-        # As distribute_tensor makes them; from_local takes shape=() for no shape.
-        whole = torch.empty(shape, dtype=dtype, device="meta")
-        meta = TensorMeta(shape=whole.shape, stride=whole.stride(), dtype=dtype)
-        value = DTensor(
-            at.tensor, DTensorSpec(mesh, self.placements, tensor_meta=meta), requires_grad=False
-        )
+        value = dtensor_on(mesh, self.placements, at.tensor, shape)
         return Held(value=value, places=(at,), expected=(local,))
 
     def cut(self, raw: torch.Tensor, coordinate: Sequence[int]) -> torch.Tensor:

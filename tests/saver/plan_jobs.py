@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dcp_engine.coordination.interface import Operation
@@ -29,6 +28,7 @@ from dcp_engine.state.per_rank import PerRank
 from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
+from tests.meshes import mesh_seen_by
 from tests.property.jobs import DEADLINES, SharedMemoryStore, group_of, same
 
 __all__ = ["Job", "Leaf", "Spec", "base"]
@@ -208,7 +208,7 @@ def _value(
     ranks = list(range(world_size))
     if leaf.kind == "swapped":
         ranks.reverse()
-    mesh = DeviceMesh("cpu", torch.tensor(ranks), _init_backend=False, _rank=rank)
+    mesh = mesh_seen_by(rank, ranks)
     parts = torch.chunk(whole, world_size, dim)
     at = ranks.index(rank)
     mine = parts[at] if at < len(parts) else whole.narrow(dim, 0, 0)

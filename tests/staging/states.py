@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement
 from dcp_engine.metadata import ChunkStorageMetadata, MetadataIndex
 from dcp_engine.metadata import TensorProperties as OwnProperties
 from dcp_engine.plan import TensorWriteData, WriteItem, WriteItemType
+from tests.meshes import mesh_seen_by
 
 RANK = 1
 
@@ -38,7 +39,7 @@ def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def mesh_of(ranks: Any, rank: int = RANK) -> DeviceMesh:
-    return DeviceMesh("cpu", torch.tensor(ranks), _init_backend=False, _rank=rank)
+    return mesh_seen_by(rank, ranks)
 
 
 def dtensor(

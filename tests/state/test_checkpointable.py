@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_engine.errors import UnsupportedStateError
@@ -16,6 +15,8 @@ from dcp_engine.metadata import ChunkStorageMetadata, MetadataIndex, TensorPrope
 from dcp_engine.plan import TensorWriteData, WriteItem, WriteItemType
 from dcp_engine.state.adapters import GroupRanks, describe
 from dcp_engine.state.values import Box, EntryKind, ObjectValue, TensorValue
+from tests.meshes import dtensor_on, mesh_seen_by
+from tests.torch_features import EMPTY_SHARDS_WRAPPER
 
 GROUP = GroupRanks(ranks=(0, 1), rank=1)
 
@@ -28,10 +29,7 @@ def describe_w(value: Any, **kwargs: Any) -> list[Any]:
 def test_torchs_own_shards_wrapper_in_a_dtensor(for_load: bool) -> None:
     shards = [torch.ones(4, 2, dtype=torch.bfloat16), torch.ones(4, 3, dtype=torch.bfloat16)]
     wrapper = LocalShardsWrapper(shards, [(0, 3), (4, 0)])
-    mesh = DeviceMesh("cpu", torch.tensor([0, 1]), _init_backend=False, _rank=1)
-    value = DTensor.from_local(
-        wrapper, mesh, [Shard(0)], run_check=False, shape=torch.Size([8, 5]), stride=(5, 1)
-    )
+    value = dtensor_on(mesh_seen_by(1, [0, 1]), [Shard(0)], wrapper, [8, 5])
     (result,) = describe_w(value, for_load=for_load)
     assert isinstance(result, TensorValue)
     assert (result.kind, result.shape) == (EntryKind.SHARDED, (8, 5))
@@ -40,17 +38,10 @@ def test_torchs_own_shards_wrapper_in_a_dtensor(for_load: bool) -> None:
     assert [t.data_ptr() for t in result.tensors] == [s.data_ptr() for s in shards]
 
 
+@pytest.mark.skipif(not EMPTY_SHARDS_WRAPPER, reason="this torch has no wrapper without shards")
 @pytest.mark.parametrize("for_load", [False, True])
 def test_a_rank_with_nothing_says_nothing(for_load: bool) -> None:
-    mesh = DeviceMesh("cpu", torch.tensor([0, 1]), _init_backend=False, _rank=1)
-    value = DTensor.from_local(
-        LocalShardsWrapper([], []),
-        mesh,
-        [Shard(0)],
-        run_check=False,
-        shape=torch.Size([8]),
-        stride=(1,),
-    )
+    value = dtensor_on(mesh_seen_by(1, [0, 1]), [Shard(0)], LocalShardsWrapper([], []), [8])
     assert describe_w(value, for_load=for_load) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty import Fail, Fault, FaultyByteStore, LoseReply, ShortWrite
 from storage_backends.testing.recording import RecordingByteStore
+from storage_backends.testing.wrapping import WrappingByteStore
 from tests.storage_backends.conftest import ObjectStoreLike, OpenStore
 from tests.storage_backends.hand_plans import (
     IDENTITY,
@@ -170,6 +172,32 @@ def test_a_late_rank_does_not_bring_a_removed_directory_back(tmp_path: Path) -> 
     with pytest.raises(ConflictError, match="removed"):
         write(writers[1], two_ranks(), 1)
     writers[1].abort_save()
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Meanwhile(WrappingByteStore):
+    """Something happens right before a file is put."""
+
+    happening: Callable[[], None] | None = None
+
+    def put(self, name: str, data: bytes, *, if_absent: bool = False) -> None:
+        happening, self.happening = self.happening, None
+        if happening is not None:
+            happening()
+        super().put(name, data, if_absent=if_absent)
+
+
+def test_two_ranks_that_give_up_at_once_are_both_through(tmp_path: Path) -> None:
+    """The last one removes the directory while the other is about to mark it."""
+    store = _Meanwhile(FileSystemStore(tmp_path))
+    writers = [writer_on(store), FileSystemWriter(tmp_path)]
+    plan = two_ranks()
+    for rank, writer in enumerate(writers):
+        writer.begin_save(None, ticket(B, rank, 2))
+        write(writer, plan, rank)
+    store.happening = writers[1].abort_save
+    writers[0].abort_save()
+    assert store.happening is None
     assert list(tmp_path.iterdir()) == []
 
 

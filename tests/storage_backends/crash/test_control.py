@@ -7,9 +7,11 @@ otherwise that none are found here would prove nothing.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as torch_dcp  # noqa: TID251
@@ -32,9 +34,15 @@ def silent() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+# torch 2.6 does not ask: without a process group it is alone.
+ALONE: dict[str, Any] = (
+    {"no_dist": True} if "no_dist" in inspect.signature(torch_dcp.save).parameters else {}
+)
+
+
 def save(root: Path, label: str) -> None:
     writer = torch_dcp.FileSystemWriter(root / CHECKPOINT)
-    torch_dcp.save(content(label), storage_writer=writer, no_dist=True)
+    torch_dcp.save(content(label), storage_writer=writer, **ALONE)
 
 
 def save_old(root: Path) -> None:
@@ -50,7 +58,7 @@ def read(root: Path) -> str:
     state = content(None)
     reader = torch_dcp.FileSystemReader(root / CHECKPOINT)
     try:
-        torch_dcp.load(state, storage_reader=reader, no_dist=True)
+        torch_dcp.load(state, storage_reader=reader, **ALONE)
     except BaseException as error:  # its CheckpointException is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
