@@ -57,7 +57,8 @@ class StoreThread(Generic[_RoleT]):
         slack: float,
         connect_limit: float,
     ) -> None:
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        # No SimpleQueue: its get waits for ever if the time is up before it begins to wait (3.11).
+        self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._slack = slack
         self._connect_limit = connect_limit
         self._started = time.monotonic()

@@ -12,8 +12,9 @@ from dcp_engine.executors.process.protocol import FromWorker
 
 __all__ = ["Inbox", "Inboxes"]
 
-Inbox = queue.SimpleQueue[tuple[FromWorker, bytes] | None]
-"""Messages with their bodies; None when the worker has ended."""
+Inbox = queue.Queue[tuple[FromWorker, bytes] | None]
+"""Messages with their bodies; None when the worker has ended. No ``SimpleQueue``: its ``get`` waits
+for ever if the time is up before it begins to wait (Python 3.11)."""
 
 
 class Inboxes:
@@ -27,7 +28,7 @@ class Inboxes:
 
     def open(self) -> tuple[int, Inbox]:
         """A number for a new request, and where its answer will be."""
-        inbox: Inbox = queue.SimpleQueue()
+        inbox: Inbox = queue.Queue()
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._open[number] = inbox
