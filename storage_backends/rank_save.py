@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import accumulate
@@ -335,7 +335,8 @@ class RankSave:
         # Somebody else's files keep the directory, and the owner record that explains it.
         empty = self._remove_if_empty(owner)
         if not empty and self.ticket.use_collectives and owner in self._written:
-            store.put(owner, owner_record(self.ticket.identity, given_up=True))
+            with suppress(FileNotFoundError):  # the last rank has removed the directory
+                store.put(owner, owner_record(self.ticket.identity, given_up=True))
             # A rank that finished meanwhile may have seen the record being written, and left.
             self._remove_if_empty(owner)
         self._written.clear()

@@ -192,12 +192,7 @@ class StoreOperation(Operation):
         try:
             reply = self._await(lambda role, future: role.fail(record, future))
         except CoordinationError as lost:
-            # What a check raised because of this loss, or of another rank, is no failure here.
-            told = isinstance(error, CoordinationError) and error.kind in (
-                "store_lost",
-                "interrupted",
-            )
-            self._lost(lost, None if told else error)
+            self._lost(lost, error)
         self._granted(reply, phase, error)
         raise CoordinationError(  # a verdict of success cannot follow a failure
             "the operation went on after a failure", kind="out_of_step", rank=self.rank
@@ -222,6 +217,8 @@ class StoreOperation(Operation):
 
     def _lost(self, lost: CoordinationError, error: BaseException | None) -> NoReturn:
         """The store is gone: no verdict will come, every rank finds out for itself."""
+        if isinstance(error, CoordinationError) and error.kind in ("store_lost", "interrupted"):
+            error = None  # found out while it worked; that is no failure of this rank's own
         self._failure = exception_of(
             [],
             doing=f"{self._heading.kind}",

@@ -6,19 +6,21 @@ them (``in_ranks``, ``run``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from tests.matrix.pairwise import pairwise
 from tests.matrix.sites import SITES, Site
 
-__all__ = ["FAULTS", "OPERATIONS", "RAISING", "Case", "full_matrix", "sample"]
+__all__ = ["FAULTS", "OPERATIONS", "PARTS", "RAISING", "Case", "full_matrix", "part_of", "sample"]
 
 FAULTS = ("exception", "unpicklable", "keyboard", "exit", "own base", "hang", "kill")
 RAISING = FAULTS[:5]
 ONE_BY_ONE = ("exception", "keyboard", "own base")
 OPERATIONS = ("save", "load", "async thread", "async process")
+PARTS = 8
+"""Into which the whole matrix of an operation can be split, to be run at different times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,11 @@ def _cells(site: Site) -> Iterable[Case]:
                 when=when,
                 host=host,
             )
+
+
+def part_of(cases: Sequence[Case], number: int) -> list[Case]:
+    """One part, counted from 1: of all calls, faults and ranks a share."""
+    return list(cases[number - 1 :: PARTS])
 
 
 def sample(cases: Iterable[Case]) -> list[Case]:

@@ -29,9 +29,9 @@ from storage_backends.sharded_reader import ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
 from tests.matrix.cases import Case
 from tests.matrix.sites import Site
-from tests.matrix.strike import Strike, StruckStore, mark_done, strike_method
+from tests.matrix.strike import Strike, StruckStore, mark_done, strike_method, wait_for_blow
 
-__all__ = ["killed", "recover", "survived"]
+__all__ = ["hang_of", "killed", "recover", "survived"]
 
 SLOWNESS = float(os.environ.get("DCP_MATRIX_SLOWNESS", "1"))
 """How many times slower than in a quiet run things may be before that counts as a failure: more
@@ -121,6 +121,11 @@ def _operate(on: dcp.Engine, case: Case, path: str, value: float, strikes: Strik
 
 def _deadline(case: Case) -> float:
     return WORKER_DEADLINE if case.site.operation == "async process" else DEADLINE
+
+
+def hang_of(case: Case) -> float:
+    """Seconds for which the case does nothing but hang."""
+    return _deadline(case) if case.fault == "hang" else 0.0
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -279,7 +284,7 @@ def _warm_up(on: dcp.Engine, cases: Sequence[Case], path: str, value: float) -> 
     for stager in (None, _Stager()) if any(c.site.subject == "stager" for c in cases) else (None,):
         on.async_save(
             _State(value, own=stager is None).content,
-            # Of this module, so that a worker imports it now: that takes seconds.
+            # Of this module, so that a worker imports it now.
             storage_writer=ShardedWriter(_plain_store, path),
             no_dist=case.world_size == 1,
             async_checkpointer_type=_EXECUTORS[case.site.operation],
@@ -377,6 +382,9 @@ def killed(case: Case, root: str) -> dict[str, Any]:
         before = _resources()
         report = _struck(on, case, place, 1.0, f"{root}/control-0")
         report["left over"] = _left_over(before)
+    # Who is to die is ended when all others have answered. Of a call that comes when all is over
+    # for them, that may be too early.
+    wait_for_blow(f"{root}/control-0", "fault", PATIENCE)
     return report
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.matrix.run save load --sample            # what `make test` runs
     python -m tests.matrix.run save --only "commit_columns"  # some cells of the whole matrix
+    python -m tests.matrix.run "async process" --part 3      # an eighth of it
 
 Belongs here: who runs what when. Does not belong here: cases and verdicts.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.matrix import in_ranks
-from tests.matrix.cases import OPERATIONS, Case, full_matrix, sample
+from tests.matrix.cases import OPERATIONS, PARTS, Case, full_matrix, part_of, sample
 from tests.matrix.verdict import complaints
 from tests.multirank.pool import RankPool, RanksFailed
 
@@ -33,8 +34,6 @@ LANES = 6
 """Groups of ranks that run cases at the same time: most of a case is waiting for a deadline."""
 BATCH = 12
 """Cases over one process group, where none of its ranks dies."""
-WORKER_BATCH = 30
-"""The same where ranks save by workers, whose start costs more than a case."""
 
 
 @dataclass
@@ -120,8 +119,7 @@ def _batches(cases: Iterable[Case]) -> list[list[Case]]:
             and (case.world_size, case.fault == "hang", case.site.operation)
             == (size, hangs, operation)
         ]
-        batch = WORKER_BATCH if operation == "async process" else BATCH
-        rest.extend(alike[at : at + batch] for at in range(0, len(alike), batch))
+        rest.extend(alike[at : at + BATCH] for at in range(0, len(alike), BATCH))
     # Idle waits and work side by side.
     mixed = [batch for pair in itertools.zip_longest(kills, rest) for batch in pair if batch]
     return mixed
@@ -147,9 +145,8 @@ def _run_batch(pool: RankPool, batch: list[Case]) -> tuple[list[Result], str]:
 
 
 def _run_survivors(pool: RankPool, batch: list[Case], root: str) -> list[Result]:
-    reports = pool.run(
-        batch[0].world_size, in_ranks.survived, batch, root, timeout=60.0 + 5 * len(batch)
-    )
+    timeout = 60.0 + sum(5.0 + in_ranks.hang_of(case) for case in batch)
+    reports = pool.run(batch[0].world_size, in_ranks.survived, batch, root, timeout=timeout)
     results = []
     for number, case in enumerate(batch):
         seen = [of_rank[number] for of_rank in reports]
@@ -203,6 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("operations", nargs="*", default=[*OPERATIONS])
     parser.add_argument("--sample", action="store_true", help="the pairwise sample only")
+    parser.add_argument("--part", type=int, choices=range(1, PARTS + 1), help="this part only")
     parser.add_argument("--only", default="", help="cells whose names hold this")
     parser.add_argument("--lanes", type=int, default=LANES)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
@@ -211,6 +209,8 @@ def main() -> int:
     options = parser.parse_args()
     whole = full_matrix(options.operations)
     cases = sample(whole) if options.sample else whole
+    if options.part:
+        cases = part_of(cases, options.part)
     cases = [case for case in cases if options.only in str(case)]
     random.Random(options.seed).shuffle(cases)
     cases = cases[: options.cells]

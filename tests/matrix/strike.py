@@ -147,6 +147,11 @@ def fired(control: str, label: str) -> list[int]:
     )
 
 
+def wait_for_blow(control: str, label: str, limit: float) -> None:
+    """Until some rank was struck, for so many seconds at most."""
+    _wait(lambda: bool(fired(control, label)), limit)
+
+
 def mark_done(control: str, rank: int) -> None:
     """This rank has ended the operation: whoever hangs may go on."""
     _touch(control, f"done-{rank}")

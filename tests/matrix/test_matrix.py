@@ -1,13 +1,14 @@
 """Every call of a save or a load made to fail, on every set of ranks, in every way.
 
-``make test`` runs a pairwise sample of the matrix, ``make torture`` all of it.
+``make test`` runs a pairwise sample of the matrix, ``make torture`` all of it, in parts that can be
+asked for one by one: ``make torture PYTEST_ARGS="-k 'whole_matrix and process and 3of8'"``.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from tests.matrix.cases import OPERATIONS, Case, full_matrix, sample
+from tests.matrix.cases import OPERATIONS, PARTS, Case, full_matrix, part_of, sample
 from tests.matrix.run import LANES, run_cases
 
 pytestmark = pytest.mark.multirank
@@ -42,16 +43,25 @@ def test_workers_that_all_died_find_each_other_again() -> None:
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("number", range(1, PARTS + 1), ids=lambda number: f"{number}of{PARTS}")
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_whole_matrix(operation: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_matrix(operation: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     whole = full_matrix([operation])
-    _run(operation, whole, len(whole), capsys)
+    cases = part_of(whole, number)
+    _run(f"{operation} {number}of{PARTS}", cases, len(whole), capsys, lanes=LANES_AT_LENGTH)
 
 
-def _run(operation: str, cases: list[Case], whole: int, capsys: pytest.CaptureFixture[str]) -> None:
+def _run(
+    what: str,
+    cases: list[Case],
+    whole: int,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    lanes: int = LANES,
+) -> None:
     with capsys.disabled():
-        print(f"\n{operation}: {len(cases)} of {whole} cells ", end="", flush=True)
-    findings = run_cases(cases, lanes=LANES_AT_LENGTH if len(cases) == whole else LANES)
+        print(f"\n{what}: {len(cases)} of {whole} cells ", end="", flush=True)
+    findings = run_cases(cases, lanes=lanes)
     if findings.repeated:
         with capsys.disabled():
             print(f"\n{findings}", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.matrix.cases import FAULTS, Case, full_matrix, sample
+from tests.matrix.cases import FAULTS, PARTS, Case, full_matrix, part_of, sample
 from tests.matrix.pairwise import pairs_of, pairwise
 from tests.matrix.verdict import complaints
 
@@ -33,6 +33,15 @@ def test_the_sample_strikes_every_call_and_ends_in_every_way() -> None:
     for names in combinations(("subset", "fault", "when", "world_size", "coordinator"), 2):
         assert {_values(case, names) for case in chosen} == {_values(case, names) for case in whole}
     assert chosen == sample(whole)
+
+
+def test_the_parts_are_the_whole() -> None:
+    whole = full_matrix(["async process"])
+    parts = [part_of(whole, number) for number in range(1, PARTS + 1)]
+    assert sorted(map(str, whole)) == sorted(str(case) for part in parts for case in part)
+    for part in parts:
+        assert {case.site for case in part} == {case.site for case in whole}
+        assert {case.fault for case in part} == set(FAULTS)
 
 
 def _values(case: Case, names: tuple[str, str]) -> tuple[Any, ...]:

@@ -204,10 +204,10 @@ KILLED_IN = {
         (0, "observe"),
         (0, "write_columns"),
         (0, "commit_columns"),
-        (0, "start"),
         (1, "staging"),
         (1, "join"),
     ],
+    "starting": [(0, "start")],
     "meeting": [(1, "start"), (0, "join"), (0, "joined"), (1, "joined")],
     "leaving": [(0, "tidying"), (1, "tidying"), (0, "left"), (1, "left")],
     "stopped": [

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.multirank import worker_template
 from tests.multirank.worker import Case, Reply, serve
 
 __all__ = ["RankPool", "RanksFailed"]
@@ -37,8 +38,9 @@ __all__ = ["RankPool", "RanksFailed"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
-    # Its warnings at the end of a wait look names up, which takes seconds now and then.
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # torch looks up the name of each peer, which may take 10 s by default; not so in the pool's own
+    # process, whose store answers all ranks.
+    "RES_OPTIONS": "timeout:1 attempts:1",
 }
 _PRELOADED = [
     "torch.distributed.tensor",
@@ -46,6 +48,7 @@ _PRELOADED = [
     "dcp_engine",
     "storage_backends.filesystem",
     "tests.multirank.worker",
+    *worker_template.PRELOADED,
 ]
 _START_LIMIT = 120.0
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -110,9 +113,10 @@ class RankPool:
         self._ranks: dict[int, _Rank] = {}
         self._spares: list[_Rank] = []
         self._case = 0
-        self._store = dist.TCPStore(
-            "localhost", 0, None, True, timeout=_STORE_TIMEOUT, wait_for_workers=False
-        )
+        with _environment():
+            self._store = dist.TCPStore(
+                "localhost", 0, None, True, timeout=_STORE_TIMEOUT, wait_for_workers=False
+            )
 
     def run(
         self,
@@ -123,6 +127,7 @@ class RankPool:
         expect_kill: Collection[int] = (),
         host_in_rank: int | None = None,
         backend: str = "gloo",
+        real_workers: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
         """Run ``fn(*args, **kwargs)`` on every rank of a new process group.
@@ -136,6 +141,9 @@ class RankPool:
             host_in_rank: this rank hosts the store of the process group; by default the pool
                 does, which outlives every rank.
             backend: of the process group.
+            real_workers: start worker processes as a job does. By default they are forked off a
+                process that has done the imports, which spares seconds and keeps everything but
+                the start itself as it is (``worker_template``).
 
         Returns:
             What ``fn`` returned, by rank.
@@ -155,6 +163,7 @@ class RankPool:
             host_in_rank=host_in_rank,
             backend=backend,
             timeout=timeout,
+            real_workers=real_workers,
         )
         for rank, member in enumerate(members):
             member.pipe.send((case, rank))

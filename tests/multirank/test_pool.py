@@ -71,6 +71,18 @@ def test_a_rank_can_host_the_store(ranks: RankPool) -> None:
     assert [rank for rank, *_ in ports] == [0, 1]
 
 
+def test_a_forked_worker_is_as_a_real_one(ranks: RankPool) -> None:
+    forked, real = (
+        ranks.run(1, pool_cases.worker_surroundings, real_workers=real)[0] for real in (False, True)
+    )
+    assert forked == real
+    assert real["a child of its parent"]
+    assert real["environment"]["TOLD"] == "yes"
+    assert real["children"] == [1, 0]
+    assert real["left open"] == []
+    assert "was killed by SIGKILL" in real["end"]
+
+
 def test_ranks_do_not_outlive_their_parent() -> None:
     root = Path(__file__).parents[2]
     parent = subprocess.Popen(
@@ -82,7 +94,7 @@ def test_ranks_do_not_outlive_their_parent() -> None:
     )
     assert parent.stdout is not None and parent.stdin is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
+    assert len(pids) == 4
     parent.kill()
     parent.wait()
     parent.stdout.close()

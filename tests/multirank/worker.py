@@ -12,12 +12,16 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
 from multiprocessing import connection, forkserver
 from typing import Any
+
+from tests.multirank.worker_template import WorkerTemplate
 
 _PR_SET_PDEATHSIG = 1
 
@@ -35,6 +39,7 @@ class Case:
     host_in_rank: int | None
     backend: str
     timeout: float
+    real_workers: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +57,11 @@ def serve(pipe: Any, log: str) -> None:
     """The life of a rank process. It ends with its parent, even if it is stopped."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _release_fork_server()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    template = WorkerTemplate()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -74,7 +80,8 @@ def serve(pipe: Any, log: str) -> None:
         except EOFError:
             os._exit(0)
         kept.clear()  # a store that this rank hosted for the others
-        reply = _run(case, rank, kept)
+        with nullcontext() if case.real_workers else template.in_place_of_starts():
+            reply = _run(case, rank, kept)
         try:
             data = connection._ForkingPickler.dumps(reply)  # type: ignore[attr-defined]
         except Exception:
@@ -148,10 +155,17 @@ def _leave() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        # gloo's threads need the interpreter's lock to let go of the tensors of a collective, and
+        # torch 2.6 holds it while it waits for them.
+        time.sleep(0.01)
         dist.destroy_process_group()
     # Cached shardings hold the meshes, and so the groups, of this case.
     if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import debug
+        from torch.distributed.tensor import DTensor, debug
 
-        debug._clear_sharding_prop_cache()  # type: ignore[attr-defined]
+        clear = getattr(debug, "_clear_sharding_prop_cache", None)
+        if clear is None:  # torch 2.8 and before
+            propagator: Any = DTensor._op_dispatcher.sharding_propagator
+            clear = propagator.propagate_op_sharding.cache.cache_clear
+        clear()
     gc.collect()
