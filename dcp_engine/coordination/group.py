@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from dcp_engine.coordination.address import StoreAddress, address_of, connect, lost_store
+from dcp_engine.coordination.keys import STORE_NAME
 from dcp_engine.coordination.store_client import KeyValueStore
 from dcp_engine.errors import UsageError
 
@@ -139,7 +140,7 @@ def _connections(store: Any, address: StoreAddress) -> Callable[[], KeyValueStor
 
 def _agreed_name(store: Any, address: StoreAddress) -> str:
     try:
-        return bytes(store.compare_set("dcp_engine/name", "", uuid.uuid4().hex)).decode()
+        return bytes(store.compare_set(STORE_NAME, "", uuid.uuid4().hex)).decode()
     except RuntimeError as error:  # all errors of c10d stores are
         raise lost_store(address, error) from None
 

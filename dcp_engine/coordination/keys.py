@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HandshakeKeys", "OperationKeys", "group_prefix", "session_prefix"]
+__all__ = ["STORE_NAME", "HandshakeKeys", "OperationKeys", "group_prefix", "session_prefix"]
+
+STORE_NAME = "dcp_engine/name"
+"""Holds a name for the prefixes of the job's store, where torch can copy no store (2.6). It lies
+under these prefixes; all other keys are then under the name."""
 
 
 def group_prefix(group: str) -> str:

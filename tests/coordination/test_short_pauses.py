@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any, cast
+
+import pytest
 
 from dcp_engine.coordination.memory_store import MemoryStore
 from dcp_engine.coordination.store_client import StoreClient
@@ -60,10 +63,8 @@ def test_a_wait_for_an_answer_ends() -> None:
         for _ in range(TURNS):
             inbox.put(None)
             inbox.get()
-            try:
+            with pytest.raises(queue.Empty):
                 inbox.get(timeout=NEXT_TO_NOTHING)
-            except Exception:  # that nothing came
-                continue
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()

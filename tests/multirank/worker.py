@@ -155,9 +155,10 @@ def _leave() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        # gloo's threads need the interpreter's lock to let go of the tensors of a collective, and
-        # torch 2.6 holds it while it waits for them.
-        time.sleep(0.01)
+        if not hasattr(dist.Store, "clone"):
+            # torch 2.6: gloo's threads need the interpreter's lock to let go of the tensors of a
+            # collective, torch holds it while it waits for them, and nothing says when they have.
+            time.sleep(0.01)
         dist.destroy_process_group()
     # Cached shardings hold the meshes, and so the groups, of this case.
     if "torch.distributed.tensor" in sys.modules:
