@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.async_ways import AsyncWay, DcpAsync, OursAsync
 from benchmarks.io_columns import Raw, default_threads, remove
 from benchmarks.io_ranks import sharded_state
 from benchmarks.io_state import model_state, state_bytes, tensors_of
+from benchmarks.measure import in_drawn_order
 
 __all__ = ["measure_rank"]
 
@@ -116,41 +118,47 @@ def _steady(
         DcpAsync("process", kept=True),
     ]
     raw = Raw()
-    blocked: dict[str, list[float]] = {}
-    whole: dict[str, list[float]] = {}
     rank = dist.get_rank()
 
-    def note(name: str, block: float, total: float) -> None:
-        blocked.setdefault(name, []).append(block)
-        whole.setdefault(name, []).append(total)
-
-    for number in range(-2, rounds):
-        dist.barrier()
+    def copy_plainly() -> tuple[float, float]:
         begin = time.perf_counter()
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor)
-        plain = time.perf_counter() - begin
-        dist.barrier()
+        seconds = time.perf_counter() - begin
+        return seconds, seconds
+
+    def write_raw() -> tuple[float, float]:
         begin = time.perf_counter()
         raw.save(state, f"{disk}/raw{rank}")
-        written = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
         remove(f"{disk}/raw{rank}")
-        if number >= 0:
-            note("plain copy_", plain, plain)
-            note("raw write and fsync", written, written)
-        turn = number % len(ways)
-        for way in (*ways[turn:], *ways[:turn]):
-            path = f"{disk}/{way.name.replace(' ', '').replace(',', '-')}"
+        return seconds, seconds
+
+    def save(way: AsyncWay) -> tuple[float, float]:
+        path = f"{disk}/{way.name.replace(' ', '').replace(',', '-')}"
+        begin = time.perf_counter()
+        block, response = _blocked(way, state, path)
+        response.result()
+        total = time.perf_counter() - begin
+        dist.barrier()
+        if rank == 0:
+            remove(path)
+        return block, total
+
+    rows: dict[str, Callable[[], tuple[float, float]]] = {
+        "plain copy_": copy_plainly,
+        "raw write and fsync": write_raw,
+        **{way.name: partial(save, way) for way in ways},
+    }
+    blocked: dict[str, list[float]] = {name: [] for name in rows}
+    whole: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(-2, rounds):
+        for name in in_drawn_order(rows, number):
             dist.barrier()
-            begin = time.perf_counter()
-            block, response = _blocked(way, state, path)
-            response.result()
-            total = time.perf_counter() - begin
-            dist.barrier()
-            if rank == 0:
-                remove(path)
+            block, total = rows[name]()
             if number >= 0:
-                note(way.name, block, total)
+                blocked[name].append(block)
+                whole[name].append(total)
     sent = 0
     for way in ways:
         if isinstance(way, OursAsync) and way.engine._async is not None:
@@ -198,7 +206,7 @@ def _training(
     lost: dict[str, list[float]] = {way.name: [] for way in ways}
     rank = dist.get_rank()
     for number in range(-1, rounds):
-        for way in ways:
+        for way in in_drawn_order(ways, number):
             alone = _rate(step, lambda begin: time.perf_counter() - begin > 0.5)
             dist.barrier()
             path = f"{disk}/training"

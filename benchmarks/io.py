@@ -32,8 +32,8 @@ COLUMNS = ("way", "wall ms", "low", "high", "GB/s", "of floor", "CPU ms", "CPU /
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--size", type=int, default=512, help="MiB of state (512)")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (7)")
+    parser.add_argument("--size", type=int, default=768, help="MiB of state (768)")
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds (15)")
     parser.add_argument("--quick", action="store_true", help="64 MiB, 3 rounds")
     parser.add_argument("--only", choices=("one", "ranks"), help="one process, or several ranks")
     parser.add_argument("--case", default="", help="only cases whose names hold this")

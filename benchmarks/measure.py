@@ -6,12 +6,16 @@ Belongs here: the clock, the rounds and the statistics. Does not belong here: wh
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["Column", "Figure", "Measured", "measure", "ratio"]
+__all__ = ["Column", "Figure", "Measured", "in_drawn_order", "measure", "ratio"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,16 @@ def _figure(values: Sequence[float]) -> Figure:
     return Figure(median=statistics.median(values), low=min(values), high=max(values))
 
 
+def in_drawn_order(items: Iterable[T], number: int) -> list[T]:
+    """``items`` as they come in round ``number``: drawn, the same on all ranks and in every run.
+
+    Were the order rotated, each would always come after the same other one, and find what that
+    one leaves behind.
+    """
+    found = list(items)
+    return random.Random(number).sample(found, len(found))
+
+
 def own_clock(run: Callable[[], object]) -> tuple[float, float]:
     """Wall and processor seconds (all threads) of this process."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -57,12 +71,11 @@ def own_clock(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(columns: Sequence[Column], *, rounds: int, warm_up: int = 1) -> dict[str, Measured]:
-    """Run every column ``warm_up + rounds`` times, in turn, the order rotated each round."""
+    """Run every column ``warm_up + rounds`` times, in turn, in another order each round."""
     walls: dict[str, list[float]] = {column.name: [] for column in columns}
     processors: dict[str, list[float]] = {column.name: [] for column in columns}
     for number in range(-warm_up, rounds):
-        turn = number % len(columns)
-        for column in (*columns[turn:], *columns[:turn]):
+        for column in in_drawn_order(columns, number):
             column.prepare()
             gc.collect()
             wall, processor = (column.clock or own_clock)(column.run)
