@@ -91,6 +91,11 @@ from dcp_engine.storage import (
 )
 
 if TYPE_CHECKING:
+    from dcp_engine import api as api
+    from dcp_engine import filesystem as filesystem
+    from dcp_engine import planner_helpers as planner_helpers
+    from dcp_engine import state_dict_loader as state_dict_loader
+    from dcp_engine import state_dict_saver as state_dict_saver
     from dcp_engine.checkpointer import (
         STATE_DICT,
         AsyncCheckpointer,
@@ -271,8 +276,15 @@ _LAZY = {
 }
 """Names of built-in backends: the engine itself imports none. And of the layer above the engine."""
 
+_LAZY_MODULES = frozenset(
+    {"api", "filesystem", "planner_helpers", "state_dict_loader", "state_dict_saver"}
+)
+"""Modules under DCP's names that nothing here imports, which are attributes of DCP's package."""
+
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dcp_engine.errors import StateMismatchError, UsageError
+from dcp_engine.errors import InvalidPlanError, StateMismatchError, UsageError
 from dcp_engine.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex, StorageMeta
 from dcp_engine.plan import LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
 from dcp_engine.planner import LoadPlanner, SavePlanner
@@ -273,11 +273,22 @@ class DefaultLoadPlanner(LoadPlanner):
         return tensor
 
     def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
-        """To be overridden: the part of ``tensor`` that ``read_item`` fills."""
-        for dim, (offset, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        """To be overridden: the part of ``tensor`` that ``read_item`` fills.
+
+        Raises ``InvalidPlanError(kind="plan_overlap")`` for a box that leaves ``tensor``.
+        """
+        offsets, lengths, shape = read_item.dest_offsets, read_item.lengths, tuple(tensor.shape)
+        if len(lengths) > len(shape) or any(
+            begin < 0 or length < 0 or begin + length > size
+            for begin, length, size in zip(offsets, lengths, shape, strict=False)
         ):
-            if length != tensor.shape[dim]:
+            raise InvalidPlanError(
+                f"the box at {tuple(offsets)} of {tuple(lengths)} leaves a destination of {shape}",
+                kind="plan_overlap",
+                tensor=read_item.dest_index.fqn,
+            )
+        for dim, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+            if length != shape[dim]:
                 tensor = tensor.narrow(dim, offset, length)
         return tensor
 

@@ -87,6 +87,7 @@ KINDS: Mapping[str, str] = {
     "store_lost": "the store, or its host, does not answer",
     "out_of_step": "ranks are in different operations",
     "interrupted": "stopped because another rank failed",
+    "earlier_save_failed": "a rank raised what an earlier save had failed with, and took no part",
     "rank_failed": "a rank failed with an error that is not the engine's",
     "worker_start": "a worker process did not come up",
     "worker_died": "a worker process ended while it was needed",

@@ -267,5 +267,18 @@ class ColumnarReader(StorageReader):
         """The content of one of the caller's extra files, verified."""
 
     @abc.abstractmethod
+    def verify_files(self, manifest: Manifest, *, max_bytes: int) -> int:
+        """Compare all files with the manifest but for the bytes of tensors: every header lists what
+        the manifest has in that file and nothing else, and digest files, objects and extra files
+        are what was written.
+
+        Args:
+            max_bytes: how much is read at a time.
+
+        Returns the bytes of objects and extra files. Raises ``DamagedCheckpointError``, naming the
+        file.
+        """
+
+    @abc.abstractmethod
     def close_checkpoint(self) -> None:
         """Release descriptors."""

@@ -59,6 +59,9 @@ class StoredFile:
     name: str
     size: int
     age: float | None = None
+    unreadable: bool = False
+    """It is a directory, with a slash behind its name, and what lies in it is not known, since
+    this process may not look."""
 
 
 class ByteStoreFile(abc.ABC):
@@ -183,7 +186,8 @@ class ByteStore(Closing):
     def list(self, prefix: str = "") -> Iterable[StoredFile]:
         """All files whose names begin with ``prefix``, in any order. A directory that holds
         nothing is listed too, as its name with ``/`` at the end and size 0, where the medium has
-        directories: ``delete`` takes that name."""
+        directories: ``delete`` takes that name. So is one below the root that this process
+        may not read, marked ``unreadable``."""
 
     @abc.abstractmethod
     def replace(self, source: str, target: str) -> None:

@@ -141,7 +141,7 @@ class CheckpointFiles:
                 return
         for entry in self.manifest.digest_files[:1]:
             with self.reading(entry.name):
-                self._compare_size(entry.name, entry.size)
+                self.compare_size(entry.name, entry.size)
         with self._lock:
             self._data_is_here = True
 
@@ -221,7 +221,7 @@ class CheckpointFiles:
             return table
 
     def _read_checked(self, name: str, size: int, xxh3_128: str, what: str) -> bytes:
-        self._compare_size(name, size)
+        self.compare_size(name, size)
         data = self._bytes(name, 0, size)
         with self._lock:
             self._begins.pop(name, None)
@@ -231,7 +231,8 @@ class CheckpointFiles:
             )
         return data
 
-    def _compare_size(self, name: str, size: int) -> None:
+    def compare_size(self, name: str, size: int) -> None:
+        """Raise ``file_short`` unless file ``name`` has ``size`` bytes."""
         with self._lock:
             found = self._sizes.pop(name, None)
         if found is None:
@@ -247,7 +248,7 @@ class CheckpointFiles:
         """The local path of data file ``row``, whose size is right; None if it has none."""
         file = self.manifest.data_files[row]
         with self.reading(file.name):
-            self._compare_size(file.name, file.size)
+            self.compare_size(file.name, file.size)
         return self.store.local_path(self.path(file.name))
 
     def header(self, row: int) -> EntryColumns:
@@ -274,7 +275,7 @@ class CheckpointFiles:
 
     def _header_bytes(self, file: DataFile) -> bytes:
         """The header's bytes, of a file that is as long as it should be."""
-        self._compare_size(file.name, file.size)
+        self.compare_size(file.name, file.size)
         first = self._bytes(file.name, 0, _first_part(file))
         if parse_data_start(first[:8], file.size) != file.data_start:
             raise DamagedCheckpointError(

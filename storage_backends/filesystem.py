@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dcp_engine.errors import UsageError
@@ -31,7 +32,43 @@ __all__ = [
 CheckpointId = str | os.PathLike[str]
 
 
-class FileSystemWriter(ShardedWriter):
+class _InDirectory:
+    """What points to a directory, under DCP's name for that."""
+
+    _checkpoint_id: CheckpointId | None
+    _store: ByteStore | None
+
+    @property
+    def path(self) -> Path:
+        """The directory. Assigning another one points there, as ``reset`` does.
+
+        Raises:
+            UsageError: it was told none; or the assignment comes between begin and end of a save
+                or load.
+        """
+        if self._checkpoint_id is None:
+            raise UsageError(
+                f"{type(self).__name__} was told neither a path nor a checkpoint_id",
+                hint="pass one of them",
+            )
+        return Path(path_of(self._checkpoint_id))
+
+    @path.setter
+    def path(self, path: CheckpointId) -> None:
+        # A subclass may assign it before it calls __init__, which assigns it again.
+        if self.__dict__.get("_store") is not None:
+            if path_of(path) == str(self.path):
+                return
+            raise UsageError(
+                f"{type(self).__name__} cannot be pointed elsewhere while a save or load is under "
+                "way",
+                checkpoint=str(self.path),
+                hint="assign path before, or call reset",
+            )
+        self._checkpoint_id = path
+
+
+class FileSystemWriter(ShardedWriter, _InDirectory):
     """Writes checkpoints into directories.
 
     Args:
@@ -48,6 +85,9 @@ class FileSystemWriter(ShardedWriter):
             readers see the old one or the new one, whole.
         block_size: bytes under one digest.
         max_inflight_bytes: bound of the memory a save holds beside the tensors; 32 MiB at least.
+
+    The arguments of DCP's are attributes, too; a subclass that overrides ``stage`` makes the copy
+    that ``async_save`` saves.
     """
 
     def __init__(
@@ -82,7 +122,7 @@ class FileSystemWriter(ShardedWriter):
         return _is_possible(checkpoint_id)
 
 
-class FileSystemReader(ShardedReader):
+class FileSystemReader(ShardedReader, _InDirectory):
     """Reads checkpoints from directories.
 
     Args:

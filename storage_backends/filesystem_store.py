@@ -25,6 +25,7 @@ from dcp_engine.registry import scheme_of
 from dcp_engine.storage import ByteStore, ByteStoreFile, ReadRange, StoredFile
 from storage_backends.directory_entries import (
     DIRECTORY_FLAGS,
+    Entry,
     remove,
     remove_empty_directory,
     walk,
@@ -317,7 +318,7 @@ class FileSystemStore(ByteStore):
         with storage_errors("list the directory", checkpoint=self.url, file=prefix):
             head, _, tail = prefix.rpartition("/")
             parts = split_name(head, store=self.url)
-            found: list[tuple[str, int, float]] = []
+            found: list[Entry] = []
             try:
                 with self._directory(parts, prefix) as descriptor:
                     walk(descriptor, head, tail, found)
@@ -325,7 +326,7 @@ class FileSystemStore(ByteStore):
             except FileNotFoundError:
                 return []
             return [
-                StoredFile(name, size, max(0.0, now - changed)) for name, size, changed in found
+                StoredFile(f.name, f.size, max(0.0, now - f.changed), f.unreadable) for f in found
             ]
 
     def _now(self, directory: int) -> float:

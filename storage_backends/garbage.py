@@ -64,6 +64,11 @@ class DataDirectory:
         known = [age for age in ages if age is not None]
         return min(known) if len(known) == len(ages) and known else None
 
+    @property
+    def unreadable(self) -> bool:
+        """Whether it, or a directory in it, may not be read: what lies there is not known."""
+        return any(file.unreadable for file in self.files)
+
 
 def data_directories(files: Iterable[StoredFile]) -> list[DataDirectory]:
     """The data directories that the names in ``files`` (relative to a checkpoint) lie in.

@@ -24,6 +24,7 @@ from dcp_engine.native_storage import CommitRecord
 from dcp_engine.storage import ByteStore
 from storage_backends.garbage import data_directories
 from storage_backends.os_errors import storage_error
+from storage_backends.torch_checkpoint import refuse_torch_checkpoint
 
 __all__ = ["decode_manifest_bytes", "read_manifest", "read_manifest_bytes"]
 
@@ -178,6 +179,7 @@ def _is_described(data: bytes, record: CommitRecord) -> bool:
 def _nothing_committed(store: ByteStore) -> NotFoundError:
     directories = data_directories(store.list("data-"))
     if not directories:
+        refuse_torch_checkpoint(store)
         return NotFoundError(
             "there is no checkpoint here",
             checkpoint=store.url,

@@ -43,8 +43,9 @@ class RemovedDirectory:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptDirectory:
-    """A data directory that stays, and why: ``committed``, ``too young``, ``age unknown``, or
-    ``unreadable manifest`` (of the checkpoint it lies in)."""
+    """A data directory that stays, and why: ``committed``, ``too young``, ``age unknown``,
+    ``unreadable`` (it may not be looked into), or ``unreadable manifest`` (of the checkpoint it
+    lies in)."""
 
     name: str
     nbytes: int
@@ -81,7 +82,8 @@ def prune(
 
     Only directories called ``data-<32 hexadecimal digits>`` are ever touched, and none that a
     manifest beside it names; with them go the manifests of saves without collectives that name
-    them, where ``manifest.json`` has taken their place. Raises ``StorageError``.
+    them, where ``manifest.json`` has taken their place. What this process may not look into stays
+    as it is. Raises ``StorageError``.
     """
     if isinstance(root, ByteStore):
         return _prune(root, "", older_than, dry_run)
@@ -168,6 +170,8 @@ def _reason_to_keep(
         return "unreadable manifest"
     if directory.save_id in committed:
         return "committed"
+    if directory.unreadable:
+        return "unreadable"
     age = directory.age
     if age is None:
         return "age unknown"

@@ -45,6 +45,7 @@ from storage_backends.replaced_data import remove_replaced_data
 from storage_backends.reports import check_reports, make_manifest
 from storage_backends.store_errors import require_shared, writing
 from storage_backends.tensor_bytes import require_little_endian
+from storage_backends.torch_checkpoint import warn_of_torch_checkpoint
 from storage_backends.write_files import WriteOptions, WrittenFile, write_file
 
 __all__ = ["RankSave"]
@@ -112,6 +113,8 @@ class RankSave:
         encode_user_metadata(ticket.user_metadata)
         with writing(store, "look for a checkpoint", file=self._manifest_name):
             self._refuse_present()
+        if self._is_coordinator:
+            warn_of_torch_checkpoint(store)
         self._begun = True
         # All directories now: one that is missing later was removed, and must stay so.
         for directory in (self._directory, *_parents(self._directory, self._own_extra())):

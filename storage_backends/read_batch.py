@@ -66,7 +66,7 @@ class Scratch:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._view = memory_of(self._memory)
         self._used = 0
 
@@ -77,7 +77,8 @@ class Scratch:
             if begin:
                 return None
             # The largest part, with a block to either side.
-            self._memory = torch.empty(max(nbytes, self._size), dtype=torch.uint8)
+            size = max(nbytes, self._size)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._view = memory_of(self._memory)
         # Elements of every size stay aligned.
         self._used += -(-nbytes // 64) * 64

@@ -42,7 +42,7 @@ def remove_directory_files(store: ByteStore, names: Sequence[str]) -> None:
 def _is_garbage(
     store: ByteStore, directory: DataDirectory, ticket: SaveTicket, observed: str | None
 ) -> bool:
-    if directory.save_id == ticket.save_id:
+    if directory.save_id == ticket.save_id or directory.unreadable:
         return False
     if directory.save_id == observed:
         return not ticket.keep_replaced

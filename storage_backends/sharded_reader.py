@@ -35,12 +35,12 @@ from storage_backends.open_manifest import (
     read_manifest,
     read_manifest_bytes,
 )
-from storage_backends.read_batch import Wanted
 from storage_backends.read_files import read_wanted
 from storage_backends.small_reads import read_small
 from storage_backends.store_errors import require_shared
 from storage_backends.tensor_bytes import require_little_endian
 from storage_backends.wanted_rows import checked, wanted_of_columns, wanted_of_items
+from storage_backends.whole_files import check_extra, compare_headers, object_part
 
 __all__ = ["ShardedReader"]
 
@@ -109,6 +109,11 @@ class ShardedReader(ColumnarReader):
     @property
     def takes_columns(self) -> bool:
         return all(getattr(type(self), n) is getattr(ShardedReader, n) for n in _LIFE_CYCLE)
+
+    @property
+    def checkpoint_id(self) -> CheckpointId | None:
+        """Where it points, as it was told."""
+        return self._checkpoint_id
 
     @property
     def checkpoint(self) -> str:
@@ -197,21 +202,28 @@ class ShardedReader(ColumnarReader):
             files.require_data()
             return stored.inline
         files.header(stored.file)  # compares the file's size, before memory is taken
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        wanted = Wanted(
-            name=stored.name,
-            file=stored.file,
-            start=stored.start,
-            nbytes=stored.nbytes,
-            sizes=(stored.nbytes,),
-            within=(0,),
-            lengths=(stored.nbytes,),
-            tensor=data,
-            digests=None,
-            run=0,
-        )
-        read_wanted(files, checked(files, [wanted]), threads=1, check=_nothing_to_check)
+        data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
+        object_part(files, stored, 0, data, _nothing_to_check)
         return data.numpy().tobytes()
+
+    def verify_files(self, manifest: Manifest, *, max_bytes: int) -> int:
+        files = self._opened(manifest)
+        rows = range(len(manifest.data_files))
+        files.prefetch(rows, threads=self._threads, check=_nothing_to_check)
+        compare_headers(files)
+        files.require_data()
+        stored = [*manifest.all_objects()]
+        sizes = [entry.nbytes for entry in stored if entry.inline is None]
+        sizes += [entry.size for entry in manifest.extra_files]
+        most = min(max(max_bytes, 1), max(sizes, default=0))
+        memory = torch.empty(most, dtype=torch.uint8, device="cpu")
+        for entry in stored:
+            for begin in range(0, entry.nbytes if entry.inline is None else 0, most or 1):
+                part = memory[: entry.nbytes - begin]
+                object_part(files, entry, begin, part, _nothing_to_check)
+        for extra in manifest.extra_files:
+            check_extra(files, extra, memory)
+        return sum(sizes) + sum(len(entry.inline or b"") for entry in stored)
 
     def block_digests(self, manifest: Manifest, file: int, start: int) -> bytes:
         return self._opened(manifest).block_digests(file, start)

@@ -30,6 +30,7 @@ from dcp_engine.plan import SavePlan
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.columns import GlobalPlan, RankAssignment
 from dcp_engine.redaction import redact_url
+from dcp_engine.staging.writer_stager import WriterStager
 from dcp_engine.storage import ByteStore, Check, WriteResult
 from storage_backends.item_results import (
     PLANNER_DATA_NAME,
@@ -62,7 +63,7 @@ INFLIGHT_PER_THREAD = 32 << 20
 ``read_files`` for what they are."""
 
 
-class ShardedWriter(ColumnarWriter):
+class ShardedWriter(ColumnarWriter, WriterStager):
     """Writes checkpoints of the engine's format.
 
     Args:
@@ -98,11 +99,11 @@ class ShardedWriter(ColumnarWriter):
             )
         self._open_store = open_store
         self._checkpoint_id = checkpoint_id
-        self._overwrite = overwrite
-        self._options = WriteOptions(
-            block_size=block_size,
-            threads=max(1, min(thread_count, max_inflight_bytes // INFLIGHT_PER_THREAD)),
-        )
+        # Public, as in DCP, where subclasses read and assign them.
+        self.overwrite = overwrite
+        self.thread_count = thread_count
+        self._block_size = block_size
+        self._most_threads = max(1, max_inflight_bytes // INFLIGHT_PER_THREAD)
         self._store: ByteStore | None = None
         self._save: RankSave | None = None
         self._observed: str | None = None
@@ -116,6 +117,11 @@ class ShardedWriter(ColumnarWriter):
     @property
     def takes_columns(self) -> bool:
         return all(getattr(type(self), n) is getattr(ShardedWriter, n) for n in _LIFE_CYCLE)
+
+    @property
+    def checkpoint_id(self) -> CheckpointId | None:
+        """Where it points, as it was told."""
+        return self._checkpoint_id
 
     @property
     def checkpoint(self) -> str:
@@ -157,7 +163,9 @@ class ShardedWriter(ColumnarWriter):
             store.close()
 
     def _begin(self, store: ByteStore, ticket: SaveTicket) -> RankSave:
-        save = RankSave(store, ticket, self._options, overwrite=self._overwrite)
+        threads = max(1, min(self.thread_count, self._most_threads))
+        options = WriteOptions(block_size=self._block_size, threads=threads)
+        save = RankSave(store, ticket, options, overwrite=self.overwrite)
         # Known before it begins: a save that fails half-way through begin is aborted too.
         self._save = save
         save.begin()
@@ -180,7 +188,7 @@ class ShardedWriter(ColumnarWriter):
         store = self._point_to(checkpoint_id)
         with writing(store, "look for a checkpoint", file="manifest.json"):
             present = present_checkpoint(store)
-        if present is not None and not self._overwrite:
+        if present is not None and not self.overwrite:
             raise UsageError(
                 f"checkpoint {present} is there, and overwrite is False",
                 checkpoint=store.url,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dcp_engine.errors import StorageError
-from dcp_engine.state.adapters.memory import as_integers
+from dcp_engine.state.adapters.memory import as_integers, fill
 
 __all__ = [
     "MemoryViews",
@@ -88,8 +88,10 @@ def contiguous_slices(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor
     tensor = as_integers(tensor.detach())
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes <= limit or tensor.ndim == 0:
-        copy = tensor.resolve_conj().resolve_neg()
-        yield copy.contiguous().cpu() if copy.device.type != "cpu" else copy.contiguous()
+        if tensor.is_cpu:  # one copy, which resolves conjugate and negative views
+            yield tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            yield tensor.resolve_conj().resolve_neg().contiguous().cpu()
         return
     row = nbytes // tensor.shape[0]
     if row > limit:
@@ -115,8 +117,6 @@ def copy_box(
         destination: any strides, any device.
     """
     itemsize = destination.element_size()
-    with torch.no_grad():
-        destination = as_integers(destination.detach())
-        usable = (scratch.numel() - first) // itemsize * itemsize
-        elements = scratch[first : first + usable].view(destination.dtype)
-        destination.copy_(elements.as_strided(tuple(destination.shape), tuple(strides)))
+    usable = (scratch.numel() - first) // itemsize * itemsize
+    elements = scratch[first : first + usable].view(destination.dtype)
+    fill(destination, elements.as_strided(tuple(destination.shape), tuple(strides)))

@@ -158,8 +158,10 @@ def wanted_of_items(items: Sequence[WantedItem], *, checkpoint: str) -> list[Wan
             )
         sizes = tuple(chunks.sizes[at].tolist())
         within, lengths = tuple(want.item.storage_offsets), tuple(want.item.lengths)
-        ends = [w + n for w, n in zip(within, lengths, strict=True)]
-        if len(within) != len(sizes) or any(e > s for e, s in zip(ends, sizes, strict=True)):
+        if not len(within) == len(lengths) == len(sizes) or any(
+            begin < 0 or length < 0 or begin + length > size
+            for begin, length, size in zip(within, lengths, sizes, strict=True)
+        ):
             raise InvalidPlanError(
                 f"the box at {within} of {lengths} leaves the chunk of {sizes}",
                 kind="plan_overlap",

@@ -316,13 +316,17 @@ def _write_copies(batch: _Batch, data: torch.Tensor, digests: U64, block_size: i
     """For tensors that are not contiguous, or not in this memory: copied slice by slice."""
     digester = BlockDigester(digests, block_size)
     for copy in contiguous_slices(data, COPY_BYTES):
-        view = memory_of(copy)
-        for begin in range(0, view.nbytes, WRITE_BYTES):
-            part = view[begin : begin + WRITE_BYTES]
-            digester.update(part)
-            batch.add(part, part.nbytes)
-        batch.flush()  # so that no more than one copy is held
+        _write_copy(batch, memory_of(copy), digester)
+        del copy  # before the next is made: no more than one is held
     digester.finish()
+
+
+def _write_copy(batch: _Batch, view: memoryview, digester: BlockDigester) -> None:
+    for begin in range(0, view.nbytes, WRITE_BYTES):
+        part = view[begin : begin + WRITE_BYTES]
+        digester.update(part)
+        batch.add(part, part.nbytes)
+    batch.flush()
 
 
 class _Batch:

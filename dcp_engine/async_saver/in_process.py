@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from dcp_engine.async_saver.in_thread import report_failure
 from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.messages import (
     SAVE,
@@ -215,7 +216,8 @@ class ProcessSaver:
             self._generation += 1
             if news.phase == "join":
                 self._give_up_worker()  # a thread of it may still wait for the group
-            failure = failure_of_worker(job, error)
+            cause = error if news.phase else _failed_for_worker(job, error)
+            failure = failure_of_worker(job, cause)
             if failure is error:
                 raise
             raise failure from error
@@ -302,6 +304,15 @@ class ProcessSaver:
 def _name_of(arena: Arena) -> int:
     """One that no other memory has for as long as any process holds this one: its inode."""
     return os.fstat(arena.fileno()).st_ino
+
+
+def _failed_for_worker(job: SaveJob, error: BaseException) -> BaseException:
+    """What a save ends with whose worker failed by ``error`` before its first words: nobody has
+    told the other ranks, so this process fails in the operation for the worker."""
+    try:
+        report_failure(job, error, "agree")
+    except BaseException as verdict:
+        return verdict
 
 
 def _after_death(job: SaveJob, error: WorkerError, news: News) -> SaveAnswer:

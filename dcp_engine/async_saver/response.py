@@ -92,6 +92,16 @@ class AsyncSaveResponse(Future[Metadata]):
         """The save goes on. Called by whoever runs it."""
         self._told = progress
 
+    def set_result(self, result: Metadata) -> None:
+        """The save is over, and well. Called by whoever runs it."""
+        self._let_go()
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """The save is over. Called by whoever runs it."""
+        self._let_go()
+        super().set_exception(exception)
+
     def unseen_failure(self) -> BaseException | None:
         """The failure, if nobody has asked for the result yet."""
         if not self.done() or self._looked_at.is_set():
@@ -101,6 +111,11 @@ class AsyncSaveResponse(Future[Metadata]):
     def mark_seen(self) -> None:
         """The failure has come up elsewhere."""
         self._looked_at.set()
+
+    def _let_go(self) -> None:
+        """Who keeps this does not keep the copy."""
+        last = self._told or self._staged()
+        self._staged = lambda: last
 
     def _mark_if_over(self, timeout: float | None) -> None:
         super().exception(timeout)

@@ -13,6 +13,8 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dcp_engine.async_saver.custom_copies import CustomCopies
+from dcp_engine.async_saver.earlier_failures import log_consequences, next_unseen, told_to_others
 from dcp_engine.async_saver.in_process import Parcel, ProcessSaver
 from dcp_engine.async_saver.in_thread import THREAD_NICE, report_failure, save_here
 from dcp_engine.async_saver.job import SaveJob
@@ -24,6 +26,7 @@ from dcp_engine.async_saver.snapshot import (
     Snapshot,
     StateSnapshot,
     take_snapshot,
+    uses_arenas,
 )
 from dcp_engine.async_saver.staging_time import await_staging, deadline_of_staging
 from dcp_engine.errors import StagingError, UsageError
@@ -31,9 +34,9 @@ from dcp_engine.executors.ordered_thread import OrderedThread
 from dcp_engine.executors.process.settings import DEFAULT_NICE
 from dcp_engine.metadata import Metadata
 from dcp_engine.planner import SavePlanner
-from dcp_engine.saver.save import checkpoint_name, content_of, require_writer
+from dcp_engine.saver.save import checkpoint_name, content_of, require_planner, require_writer
 from dcp_engine.staging.arena_stager import no_check
-from dcp_engine.staging.stagers import AsyncStager, DefaultStager
+from dcp_engine.staging.stagers import AsyncStager, BlockingAsyncStager, DefaultStager
 
 __all__ = ["AsyncSaver", "LowMemory"]
 
@@ -63,6 +66,7 @@ class AsyncSaver:
         self._process = ProcessSaver(rank, nice=DEFAULT_NICE if nice is None else nice)
         self._thread_nice = THREAD_NICE if nice is None else nice
         self._responses: list[AsyncSaveResponse] = []
+        self._custom_copies = CustomCopies(max_pending)
         self._reported: set[Future[None]] = set()
         """Stagings whose end ``wait_for_staging`` has told."""
         self._closed = False
@@ -91,9 +95,15 @@ class AsyncSaver:
         """Copy ``state_dict`` and begin to save the copy; see ``dcp_engine.async_save``."""
         self._refuse_if_closed()
         for_worker = kind is AsyncCheckpointerType.PROCESS
+        earlier = self._failed_before()
+        if earlier is not None:
+            told = told_to_others(earlier)
+            self._thread.submit(lambda: _tell_others(job, told))
+            raise earlier
         try:
-            self._raise_unseen()
+            job = job.as_of_now()
             require_writer(job.writer)
+            require_planner(planner)
             if for_worker:
                 job.session.handle()  # whether a worker can reach the session
             snapshot = self._take(
@@ -105,6 +115,8 @@ class AsyncSaver:
                 for_worker=for_worker,
                 on_low_memory=on_low_memory,
             )
+            if isinstance(snapshot, DirectSnapshot):
+                self.refuse_in_callback("a save for whose copy there is no memory")
             parcel = self._packed(job, snapshot) if for_worker else None
         except BaseException as error:
             failed = error
@@ -124,6 +136,8 @@ class AsyncSaver:
             snapshot.release()  # closed meanwhile, or the interpreter has no thread left to give
             raise
         self._responses.append(response)
+        if stager is not None and isinstance(snapshot, CustomSnapshot):
+            self._custom_copies.add(stager, response)
         if isinstance(snapshot, DirectSnapshot):
             wait_for([response])
         return response
@@ -137,6 +151,7 @@ class AsyncSaver:
         """Have staging memory for ``state_dict``, and a worker that maps it."""
         self._refuse_if_closed()
         if kind is AsyncCheckpointerType.PROCESS:
+            self.refuse_in_callback("the warm-up of a worker")
             self._process.start()
         self._stager.warmup(state_dict)
         if kind is AsyncCheckpointerType.PROCESS:
@@ -166,7 +181,8 @@ class AsyncSaver:
         return self._thread.wait_idle(timeout)
 
     def close(self, timeout: float | None) -> BaseException | None:
-        """Wait for pending saves, then release memory and worker. Any number of times.
+        """Wait for pending saves, then release memory and worker. Any number of times, but not in a
+        callback of one of them.
 
         Args:
             timeout: seconds to wait; what is pending then fails, or is left to its thread.
@@ -189,10 +205,21 @@ class AsyncSaver:
             for stager in (self._stager, self._second_stager):
                 if stager is not None:
                     stager.close()
-        failure = self._next_unseen()
-        while (another := self._next_unseen()) is not None:
+        failure = next_unseen(self._responses)
+        while (another := next_unseen(self._responses)) is not None:
             logger.error("another asynchronous save failed", exc_info=another)
+        self._responses = [response for response in self._responses if not response.done()]
         return failure
+
+    def refuse_in_callback(self, what: str) -> None:
+        """Raise ``UsageError`` on the thread of the saves, on which callbacks of their futures run:
+        ``what`` would wait for that thread, and so for itself."""
+        if self._thread.is_current():
+            raise UsageError(
+                f"{what} waits for the asynchronous saves, and cannot do so in a callback of one, "
+                "for which they wait",
+                hint="leave it to another thread, for instance the one that called async_save",
+            )
 
     # -- the calling thread --------------------------------------------------------------------
 
@@ -208,6 +235,8 @@ class AsyncSaver:
         on_low_memory: LowMemory,
     ) -> Snapshot:
         check = deadline_of_staging(job)
+        if stager is not None and not uses_arenas(stager):
+            self._custom_copies.await_turn(stager, check)
         try:
             return take_snapshot(
                 job,
@@ -219,7 +248,9 @@ class AsyncSaver:
                 check=check,
             )
         except StagingError as error:
-            if error.kind != "out_of_memory" or on_low_memory != "sync":
+            # The state itself may hold what a stager of another origin leaves out.
+            plain = stager is None or type(stager) in (DefaultStager, BlockingAsyncStager)
+            if error.kind != "out_of_memory" or on_low_memory != "sync" or not plain:
                 raise
             where = checkpoint_name(job.checkpoint_id, job.writer)
             logger.warning("saving %s while training waits: %s", where, error.message)
@@ -247,21 +278,12 @@ class AsyncSaver:
             snapshot.release()
             raise
 
-    def _raise_unseen(self) -> None:
-        error = self._next_unseen()
+    def _failed_before(self) -> BaseException | None:
+        """A failure that nobody has looked at, to be raised now."""
+        log_consequences(self._responses)
+        error = next_unseen(self._responses)
         self._responses = [r for r in self._responses if not r.done() or r.unseen_failure()]
-        if error is not None:
-            raise error
-
-    def _next_unseen(self) -> BaseException | None:
-        """A failure that nobody has looked at; once."""
-        for response in self._responses:
-            error = response.unseen_failure()
-            if error is not None:
-                response.mark_seen()
-                error.add_note("an earlier asynchronous save failed, and nobody looked at it")
-                return error
-        return None
+        return error
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -22,6 +22,7 @@ from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.object_blob import pack_objects
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.default_planner import DefaultSavePlanner
+from dcp_engine.errors import UsageError
 from dcp_engine.format.object_codec import EncodedObject
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.local import LocalSource
@@ -40,9 +41,10 @@ __all__ = [
     "Snapshot",
     "StateSnapshot",
     "take_snapshot",
+    "uses_arenas",
 ]
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Snapshot(abc.ABC):
@@ -62,6 +64,12 @@ class Snapshot(abc.ABC):
     @abc.abstractmethod
     def progress(self) -> Progress:
         """Of the copying; afterwards of the wait for what comes next."""
+
+
+def uses_arenas(stager: AsyncStager) -> TypeGuard[DefaultStager]:
+    """Whether each copy stays whole until it is released. Other stagers know nothing of releases,
+    and may overwrite what they made before."""
+    return type(stager) is DefaultStager
 
 
 def take_snapshot(
@@ -85,7 +93,7 @@ def take_snapshot(
         UnsupportedStateError: for what cannot be saved, naming the key.
         StagingError: too little memory; nothing was touched.
     """
-    if type(stager) is not DefaultStager:
+    if not uses_arenas(stager):
         # A stager knows nothing of ``Stateful``, and asking one later would be asking too late.
         plain, _ = resolve_stateful(state_dict)
         return CustomSnapshot(job, stager, stager.stage(plain), planner)
@@ -180,6 +188,7 @@ class ColumnSnapshot(Snapshot):
     def release(self) -> None:
         """See the base class."""
         self.staging.release()
+        self.objects = {}
 
     def progress(self) -> Progress:
         """See the base class."""
@@ -226,6 +235,8 @@ class StateSnapshot(Snapshot):
     def release(self) -> None:
         """See the base class."""
         self.staged.release()
+        # Its tensors are views, which would hold the memory of a stager that is closed.
+        self.staged = dataclasses.replace(self.staged, state_dict={})
 
     def progress(self) -> Progress:
         """See the base class."""
@@ -294,17 +305,20 @@ class DirectSnapshot(Snapshot):
     """No copy: the caller waits until the state itself has been saved."""
 
     def __init__(self, content: Callable[[], ColumnContent | ItemContent]) -> None:
-        self._content = content
+        self._content: Callable[[], ColumnContent | ItemContent] | None = content
         self.completion = Future()
         self.completion.set_running_or_notify_cancel()
         self.completion.set_result(None)
 
     def content(self) -> ColumnContent | ItemContent:
         """See the base class."""
+        if self._content is None:
+            raise UsageError("the save is over, and its state was let go")
         return self._content()
 
     def release(self) -> None:
-        """Nothing was taken."""
+        """Nothing was taken but the caller's own."""
+        self._content = None
 
     def progress(self) -> Progress:
         """See the base class."""

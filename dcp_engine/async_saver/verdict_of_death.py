@@ -99,7 +99,7 @@ def failure_of_worker(job: SaveJob, error: BaseException) -> CheckpointException
 
 def _failure_of(job: SaveJob, error: BaseException) -> CheckpointException:
     """What the caller gets for ``error`` of this rank's worker."""
-    rank = job.session.rank
+    rank = job.group.rank
     return exception_of(
         [capture(rank, error)],
         doing="save by the worker process",

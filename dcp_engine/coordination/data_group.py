@@ -168,7 +168,8 @@ def _break_off(group: Any, rank: int, world_size: int) -> None:
         if peer == rank:
             continue
         try:
-            group.recv([torch.empty(1, dtype=torch.uint8)], peer, _ABORT_TAG).wait(_AT_ONCE)
+            byte = torch.empty(1, dtype=torch.uint8, device="cpu")
+            group.recv([byte], peer, _ABORT_TAG).wait(_AT_ONCE)
         except RuntimeError:  # what is wanted
             continue
 

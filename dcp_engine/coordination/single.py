@@ -42,12 +42,14 @@ class SingleOperation(Operation):
         checkpoint_id: str,
         deadlines: Deadlines,
         *,
+        known_as: int = 0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank = 0
         self.world_size = 1
         self.coordinator_rank = 0
         self.number = number
+        self._known_as = known_as
         self._kind = kind
         self._checkpoint = checkpoint_id
         self._clock = OperationClock(deadlines, kind, checkpoint_id, now=now)
@@ -86,10 +88,10 @@ class SingleOperation(Operation):
         if raised_by_exit(error):
             raise error
         raise exception_of(
-            [capture(0, error, skip_frames=1)],
+            [capture(self._known_as, error, skip_frames=1)],
             doing=f'{self._kind} in phase "{phase}"',
             checkpoint=self._checkpoint,
-            local=(0, error),
+            local=(self._known_as, error),
         ) from error
 
     def check(self) -> None:
@@ -114,23 +116,31 @@ class SingleSessionHandle(SessionHandle):
     identity: RunIdentity
     rank: int = 0
     world_size: int = 1
+    known_as: int = 0
 
     def attach(self) -> SingleSession:
         """The same session here; see the interface."""
-        return SingleSession(identity_here(self.identity), numbers=Numbers(borrowed=True))
+        return SingleSession(
+            identity_here(self.identity), known_as=self.known_as, numbers=Numbers(borrowed=True)
+        )
 
 
 class SingleSession(Session):
     """A session of one rank.
 
     Args:
+        known_as: the rank that its failures name: this process may have one among others, whom it
+            does not talk to.
         numbers: whence its operations have their numbers; by default its own.
     """
 
-    def __init__(self, identity: RunIdentity, *, numbers: Numbers | None = None) -> None:
+    def __init__(
+        self, identity: RunIdentity, *, known_as: int = 0, numbers: Numbers | None = None
+    ) -> None:
         self.rank = 0
         self.world_size = 1
         self.identity = identity
+        self._known_as = known_as
         self._numbers = Numbers() if numbers is None else numbers
         self._closed = False
 
@@ -151,7 +161,9 @@ class SingleSession(Session):
                 f"coordinator_rank is {coordinator_rank}, but there is one rank: 0",
                 checkpoint=checkpoint_id,
             )
-        return SingleOperation(self._numbers.given(number), kind, checkpoint_id, deadlines)
+        return SingleOperation(
+            self._numbers.given(number), kind, checkpoint_id, deadlines, known_as=self._known_as
+        )
 
     def take_number(self) -> int:
         """The next number; see the interface."""
@@ -159,7 +171,7 @@ class SingleSession(Session):
 
     def handle(self) -> SingleSessionHandle:
         """What another process needs to go on with this session."""
-        return SingleSessionHandle(identity=self.identity)
+        return SingleSessionHandle(identity=self.identity, known_as=self._known_as)
 
     def close(self) -> None:
         """No connection is held."""

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import EllipsisType
 
+from dcp_engine.async_saver import AsyncCheckpointerType
 from dcp_engine.coordination.interface import Deadlines
 from dcp_engine.errors import UsageError
 
-__all__ = ["CheckpointId", "TimeLimits", "Timeout", "required_place", "text_of"]
+__all__ = [
+    "CheckpointId",
+    "TimeLimits",
+    "Timeout",
+    "checkpointer_type",
+    "required_place",
+    "text_of",
+]
 
 Timeout = float | timedelta | None
 """Seconds, or a timedelta; None waits forever."""
@@ -57,6 +65,18 @@ class TimeLimits:
 
 def _seconds(value: Timeout) -> float | None:
     return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def checkpointer_type(given: object) -> AsyncCheckpointerType:
+    """The one that ``given`` names: itself, its value, or the member of torch's enumeration.
+
+    Raises ``UsageError`` where there is none.
+    """
+    try:
+        return AsyncCheckpointerType(getattr(given, "value", given))
+    except ValueError:
+        known = " or ".join(f"AsyncCheckpointerType.{kind.name}" for kind in AsyncCheckpointerType)
+        raise UsageError(f"async_checkpointer_type is {given!r}", hint=f"it is {known}") from None
 
 
 def text_of(checkpoint_id: CheckpointId) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from dcp_engine.engine.arguments import (
     CheckpointId,
     TimeLimits,
     Timeout,
+    checkpointer_type,
     required_place,
     text_of,
 )
@@ -41,9 +41,9 @@ from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.registry import BackendRegistry, Unavailable
 from dcp_engine.saver import PlanMemory, SaveOptions, save
 from dcp_engine.saver.options import ASYNC_SAVE_PHASES, SAVE_PHASES, ExtraContent
-from dcp_engine.saver.save import extra_contents
 from dcp_engine.staging.hooks import install_staging_hook
 from dcp_engine.staging.stagers import AsyncStager
+from dcp_engine.staging.writer_stager import stager_of
 from dcp_engine.storage import StorageReader, StorageWriter
 
 __all__ = ["Engine"]
@@ -71,7 +71,9 @@ class Engine:
 
     Making one imports the storage backend of local paths, so that the first save does not wait for
     that. The session with the other ranks opens at the first operation that needs it, which must be
-    the same one on all ranks. A context manager; ``close`` may be called twice.
+    the same one on all ranks. A context manager; ``close`` may be called twice. It belongs to the
+    process that uses it first: a fork of that one has to make its own, and the default engine does
+    so by itself.
     """
 
     def __init__(
@@ -98,7 +100,6 @@ class Engine:
         self._async: AsyncSaver | None = None
         self._patience_is_over = False
         """At the end of the program ``drain_timeout`` was not enough."""
-        self._owner = os.getpid()
         self._registry = BackendRegistry()
         with suppress(CheckpointError):  # whoever needs it will be told
             self._registry.backend(os.curdir)
@@ -125,20 +126,20 @@ class Engine:
         strict_replicas: bool = False,
     ) -> Metadata:
         """See :func:`dcp_engine.save`."""
-        writer = self._writer(checkpoint_id, storage_writer)
         place = self._sessions.place(no_dist)
+        writer = self._writer(checkpoint_id, storage_writer)
         options = SaveOptions(
             deadlines=self._limits.deadlines(timeout, stall_timeout, phase_timeouts, SAVE_PHASES),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
-            extra_files=dict(extra_files or {}),
-            user_metadata=dict(user_metadata or {}),
+            extra_files=extra_files or {},
+            user_metadata=user_metadata or {},
             save_id=self._save_ids.choose(place, use_collectives=use_collectives, given=save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
         return save(
-            self._session(no_dist, use_collectives, options, checkpoint_id),
+            self._session(place, no_dist, options, checkpoint_id),
             state_dict,
             checkpoint_id=text_of(checkpoint_id),
             writer=writer,
@@ -175,27 +176,24 @@ class Engine:
         """See :func:`dcp_engine.async_save`."""
         if on_low_memory not in ("error", "sync"):
             raise UsageError(f"on_low_memory is {on_low_memory!r}", hint="it is 'error' or 'sync'")
-        kind = AsyncCheckpointerType(async_checkpointer_type)
-        writer = self._writer(checkpoint_id, storage_writer)
-        if async_stager is None and isinstance(writer, AsyncStager):
-            async_stager = writer
+        kind = checkpointer_type(async_checkpointer_type)
         place = self._sessions.place(no_dist)
+        writer = self._writer(checkpoint_id, storage_writer)
+        if async_stager is None:
+            async_stager = stager_of(writer)
         options = SaveOptions(
             deadlines=self._limits.deadlines(
                 timeout, stall_timeout, phase_timeouts, ASYNC_SAVE_PHASES
             ),
             coordinator_rank=coordinator_rank,
             use_collectives=use_collectives,
-            extra_files=dict(extra_files or {}),
-            user_metadata=copy.deepcopy(dict(user_metadata or {})),
+            extra_files=extra_files or {},
+            user_metadata=user_metadata or {},
             save_id=self._save_ids.choose(place, use_collectives=use_collectives, given=save_id),
             keep_replaced=keep_replaced,
             strict_replicas=strict_replicas,
         )
-        # What lies in files now is what is saved, not what will lie there in a minute.
-        mine = place.group.rank == coordinator_rank
-        options = replace(options, extra_files=extra_contents(options) if mine else {})
-        session = self._session(no_dist, use_collectives, options, checkpoint_id)
+        session = self._session(place, no_dist, options, checkpoint_id)
         if isinstance(session, CollectiveSession):
             raise UsageError(
                 "an asynchronous save needs a store: over the process group its messages would "
@@ -212,7 +210,7 @@ class Engine:
             memory=self._alone_plans if no_dist else self._plans,
             options=options,
         )
-        return self._async_saver(place).save(
+        return self._async_saver().save(
             job,
             state_dict,
             planner=planner,
@@ -241,10 +239,11 @@ class Engine:
         Raises:
             StagingError: too little memory (kind ``out_of_memory``).
         """
-        kind = AsyncCheckpointerType(async_checkpointer_type)
+        kind = checkpointer_type(async_checkpointer_type)
+        self._sessions.refuse_in_fork()
         self._registry.backend(os.curdir if checkpoint_id is None else checkpoint_id)
         self._sessions.get(no_dist=False)
-        self._async_saver(self._sessions.place(no_dist=False)).warmup(state_dict, kind=kind)
+        self._async_saver().warmup(state_dict, kind=kind)
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Return when no asynchronous save reads the state any more; to be called before the
@@ -253,6 +252,7 @@ class Engine:
         Raises:
             StagingError: kind ``timeout`` after ``timeout`` seconds; else what staging failed with.
         """
+        self._sessions.refuse_in_fork()
         if self._async is not None:
             self._async.wait_for_staging(timeout)
 
@@ -280,6 +280,7 @@ class Engine:
         verify: VerifyLevel = "manifest",
     ) -> LoadReport:
         """See :func:`dcp_engine.load`."""
+        self._sessions.refuse_in_fork()
         if shared_reads not in SHARED_READS:
             raise UsageError(
                 f"shared_reads is {shared_reads!r}",
@@ -322,6 +323,7 @@ class Engine:
 
     def clear_plan_cache(self) -> None:
         """Forget the plans of earlier saves; the next save plans anew, on all ranks."""
+        self._sessions.refuse_in_fork()
         self._plans.clear()
         self._alone_plans.clear()
         if self._async is not None:
@@ -339,9 +341,10 @@ class Engine:
 
     def close(self) -> None:
         """Wait for pending asynchronous saves, at most ``drain_timeout``; then end the worker, and
-        give back memory and connections.
+        give back memory and connections. Nothing in a fork, where they are its parent's.
 
-        Raises the first failure of an asynchronous save that nobody has looked at.
+        Raises the first failure of an asynchronous save that nobody has looked at; ``UsageError``
+        in a callback of one, for which it would wait, and closes nothing then.
         """
         failure = self._close(self._drain_timeout)
         if failure is not None:
@@ -350,15 +353,17 @@ class Engine:
     def close_at_exit(self) -> None:
         """As ``close``, for the end of the program: waits only if ``drain_at_exit``, and logs what
         nobody can catch any more. An engine that saved asynchronously and was not closed does it
-        by itself. Nothing in a fork, which has no part in the saves."""
-        if os.getpid() != self._owner:
-            return
+        by itself."""
         wait = self._drain_at_exit and not self._patience_is_over
         failure = self._close(self._drain_timeout if wait else 0.0)
         if failure is not None:
             logger.error("an asynchronous save failed", exc_info=failure)
 
     def _close(self, drain_timeout: float | None) -> BaseException | None:
+        if self._sessions.inherited:
+            return None
+        if self._async is not None:
+            self._async.refuse_in_callback("closing the engine")
         self._sessions.refuse_more()
         atexit.unregister(self.close_at_exit)
         failure = None if self._async is None else self._async.close(drain_timeout)
@@ -367,7 +372,7 @@ class Engine:
 
     def _drain_at_main_end(self) -> None:
         """While threads and executors still take work. Training on another thread may go on."""
-        if self._async is not None and self._drain_at_exit and os.getpid() == self._owner:
+        if self._async is not None and self._drain_at_exit and not self._sessions.inherited:
             self._patience_is_over = not self._async.drain(self._drain_timeout)
 
     def __enter__(self) -> Engine:
@@ -384,11 +389,11 @@ class Engine:
         else:
             self.close_at_exit()
 
-    def _async_saver(self, place: Place) -> AsyncSaver:
+    def _async_saver(self) -> AsyncSaver:
         self._sessions.refuse_if_closed()
         if self._async is None:
             self._async = AsyncSaver(
-                place.group.rank, max_pending=self._max_pending, nice=self._nice
+                self._sessions.own_rank(), max_pending=self._max_pending, nice=self._nice
             )
             # This holds the engine, so that no save is lost with an engine that nobody holds.
             atexit.register(self.close_at_exit)
@@ -406,13 +411,13 @@ class Engine:
 
     def _session(
         self,
+        place: Place,
         no_dist: bool,
-        use_collectives: bool,
         options: SaveOptions,
         checkpoint_id: CheckpointId,
     ) -> Session:
-        if not use_collectives:
-            return self._sessions.alone()
+        if not options.use_collectives:
+            return self._sessions.alone(place.group.rank)
         return self._sessions.get(no_dist, options.deadlines.timeout, checkpoint_id)
 
 

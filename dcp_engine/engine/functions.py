@@ -139,7 +139,7 @@ def async_save(
         state_dict, checkpoint_id, storage_writer, planner, process_group, no_dist,
             use_collectives, timeout, stall_timeout, coordinator_rank, extra_files, user_metadata,
             save_id, keep_replaced, strict_replicas: as in ``save``. A writer that is an
-            ``AsyncStager`` too is asked to stage.
+            ``AsyncStager`` too is asked to stage; a built-in one if a subclass overrides ``stage``.
         async_checkpointer_type: ``THREAD``, or ``PROCESS``: planning, digests and writing take
             nothing from this process. Writer and planner are pickled for the worker at the call,
             and state that they change stays there.

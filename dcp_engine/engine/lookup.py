@@ -36,7 +36,8 @@ def verify(
 
     Args:
         checkpoint: path or URL.
-        level: ``"full"``: every byte of every file; ``"manifest"``: that the manifest is whole,
+        level: ``"full"``: that the files hold what the manifest names and nothing else, and every
+            byte that a load can read; ``"manifest"``: that the manifest is whole,
             and its chunks lie in files it names.
         options: for the storage backend's reader.
     Raises:
@@ -133,7 +134,10 @@ def _latest(
 def _places(registry: BackendRegistry, root: str | os.PathLike[str]) -> list[str]:
     try:
         with registry.open_store(root) as store:
-            return places_of(file.name for file in store.list())
+            files = [*store.list()]
+            return places_of(
+                (file.name for file in files), (file.name for file in files if file.unreadable)
+            )
     except CheckpointError:
         raise
     except FileNotFoundError:

@@ -1,12 +1,14 @@
 """The ranks of an engine's operations: which they are, and the session with them.
 
-Belongs here: opening sessions when they are needed, and closing them. Does not belong here: what
+Belongs here: opening sessions when they are needed, closing them, and whether this process may
+still use them. Does not belong here: what
 is done over them (``engine``).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -45,8 +47,11 @@ class Sessions:
         self._process_group = process_group
         self._connect_timeout = connect_timeout
         self._with_others: Session | None = None
-        self._alone: Session | None = None
+        self._alone: dict[int, Session] = {}
+        """By the rank that failures name."""
         self._closed = False
+        self._owner: int | None = None
+        """The process that used this first."""
 
     @property
     def closed(self) -> bool:
@@ -55,6 +60,7 @@ class Sessions:
 
     def place(self, no_dist: bool) -> Place:
         """This process among the ranks that ``no_dist`` leaves."""
+        self.refuse_in_fork()
         if no_dist or not self._distributed:
             return Place(group=GroupRanks(), world_size=1, name="")
         info = describe_group(self._process_group)
@@ -63,6 +69,13 @@ class Sessions:
             world_size=info.world_size,
             name=info.name,
         )
+
+    def own_rank(self) -> int:
+        """This process's in the group, for names of its own; 0 where it is in none."""
+        try:
+            return self.place(no_dist=False).group.rank
+        except UsageError:  # of no interest to whoever saves alone
+            return 0
 
     def get(
         self, no_dist: bool, timeout: float | None = None, checkpoint_id: CheckpointId = None
@@ -94,15 +107,31 @@ class Sessions:
         """Take ``session`` for the one with the other ranks, instead of opening one."""
         self._with_others = session
 
-    def alone(self) -> Session:
-        """The session of this process, whatever others there are."""
+    def alone(self, known_as: int = 0) -> Session:
+        """The session of this process, whatever others there are; its failures call it rank
+        ``known_as``."""
         self.refuse_if_closed()
-        if self._alone is None:
-            self._alone = SingleSession(run_identity(""))
-        return self._alone
+        if known_as not in self._alone:
+            self._alone[known_as] = SingleSession(run_identity(""), known_as=known_as)
+        return self._alone[known_as]
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of one that has used this, whose they are."""
+        return self._owner is not None and self._owner != os.getpid()
+
+    def refuse_in_fork(self) -> None:
+        """Raise ``UsageError`` in a fork: its threads, connections and worker are its parent's."""
+        if self.inherited:
+            raise UsageError(
+                f"this engine belongs to process {self._owner}, of which this one is a fork",
+                hint="make a dcp_engine.Engine in this process",
+            )
+        self._owner = os.getpid()
 
     def refuse_if_closed(self) -> None:
-        """Raise ``UsageError`` after ``refuse_more`` or ``close``."""
+        """Raise ``UsageError`` after ``refuse_more`` or ``close``, and in a fork."""
+        self.refuse_in_fork()
         if self._closed:
             raise UsageError("this engine is closed", hint="make a new dcp_engine.Engine")
 
@@ -113,10 +142,11 @@ class Sessions:
     def close(self) -> None:
         """Give back connections. Any number of times."""
         self._closed = True
-        for session in (self._with_others, self._alone):
+        for session in (self._with_others, *self._alone.values()):
             if session is not None:
                 session.close()
-        self._with_others = self._alone = None
+        self._with_others = None
+        self._alone.clear()
 
     @property
     def _distributed(self) -> bool:

@@ -58,6 +58,10 @@ class OrderedThread:
             self._items.put((fn, future))
         return future
 
+    def is_current(self) -> bool:
+        """Whether the caller runs on it, in which case nothing that it waits for here comes."""
+        return threading.current_thread() is self._thread
+
     def pending(self) -> int:
         """How many callables were submitted and have not ended."""
         with self._state:
@@ -68,7 +72,7 @@ class OrderedThread:
 
         On the thread itself it says only whether nothing is pending, which is never so.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_current():
             timeout = 0.0
         with self._state:
             return self._state.wait_for(lambda: self._pending == 0, timeout)
@@ -88,7 +92,7 @@ class OrderedThread:
         if not self.wait_idle(timeout):
             return False
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and not self.is_current():
             thread.join(None if end is None else max(end - time.monotonic(), 0.0))
         return True
 

@@ -80,6 +80,7 @@ def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
         data_files=tuple(file for m in ordered for file in m.data_files),
         digest_files=tuple(file for m in ordered for file in m.digest_files),
         extra_files=tuple(file for m in ordered for file in m.extra_files),
+        parts=tuple(ordered),
     )
 
 

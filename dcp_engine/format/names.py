@@ -17,6 +17,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MAX_RANKS",
     "OWNER_NAME",
+    "TORCH_METADATA_NAME",
     "OwnerRecord",
     "check_extra_name",
     "data_directory",
@@ -36,6 +37,8 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 OWNER_NAME = "owner.json"
+TORCH_METADATA_NAME = ".metadata"
+"""Marks a checkpoint of torch.distributed.checkpoint; the engine has no file of that name."""
 EXTRA_PREFIX = "extra/"
 
 MAX_RANKS = 1_000_000

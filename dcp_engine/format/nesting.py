@@ -42,6 +42,10 @@ _FREE_LENGTH = 1 << 20
 _LENGTH_PER_BYTE = 64
 """How long all names and paths together may be, against the bytes that encode them: a few
 bytes can put a long key above many others."""
+_LEAVE_OUT = (
+    "leave the key out on ranks that hold nothing below it; torch's get_state_dict with "
+    "full_state_dict=True and cpu_offload=True returns an empty dict on all ranks but 0"
+)
 _encoder = msgspec.json.Encoder()
 
 
@@ -291,7 +295,9 @@ def merge_nestings(encoded: Sequence[bytes]) -> bytes:
                 _diverge(".".join(map(str, path)), earlier, known_kind, rank, kind)
     for fqn, (path, rank) in paths.items():
         if path in containers:
-            _diverge(fqn, rank, "a value", containers[path][1], containers[path][0])
+            kind, other = containers[path]
+            one_value = "one value (as an empty container is)"
+            _diverge(fqn, rank, one_value, other, f"a {kind} with values", hint=_LEAVE_OUT)
     if not first_rank:
         return encode_nesting({}, {})
     return encode_nesting(
@@ -300,10 +306,13 @@ def merge_nestings(encoded: Sequence[bytes]) -> bytes:
     )
 
 
-def _diverge(fqn: str, one: int, here: object, other: int, there: object) -> None:
+def _diverge(
+    fqn: str, one: int, here: object, other: int, there: object, *, hint: str | None = None
+) -> None:
     raise InvalidPlanError(
         f"the ranks nest {fqn!r} differently: {here} on rank {one}, {there} on rank {other}",
         kind="plan_divergence",
         tensor=fqn,
         rank=other,
+        hint=hint,
     )

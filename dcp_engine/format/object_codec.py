@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ from dcp_engine.errors import (
 from dcp_engine.format import tagged
 
 __all__ = ["EncodedObject", "decode_object", "encode_object"]
+
+# In what torch says of a pickle that it refuses.
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+_NOT_ALLOWED = re.compile(r"GLOBAL ([\w.]{1,200}) was not an allowed global")
+_REASON = re.compile(r"(?:WeightsUnpickler error:\s*|(?=Trying to load ))(\S.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +87,7 @@ def _unpickle(data: bytes, allow_pickle: bool) -> object:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not allow_pickle:
-            raise UnsafeContentError(
-                f"the object is a pickle that would run code: {_first_line(error)}",
-                hint="load with allow_pickle=True if you trust whoever wrote the checkpoint",
-            ) from error
+            raise _refused(error) from error
     except Exception as error:
         if not allow_pickle:
             raise _damaged(error) from error
@@ -116,6 +119,21 @@ def _damaged(error: Exception) -> DamagedCheckpointError:
         f"the pickled object cannot be restored: {type(error).__name__}: {_first_line(error)}",
         kind="object_invalid",
     )
+
+
+def _refused(error: pickle.UnpicklingError) -> UnsafeContentError:
+    """What torch's safe reader met; its advice is about ``torch.load``, so it is left out."""
+    text = _ESCAPE.sub("", str(error))
+    hint = "if you trust whoever wrote the checkpoint, load with allow_pickle=True"
+    if not_allowed := _NOT_ALLOWED.search(text):
+        name = not_allowed[1]
+        reason = f"it needs {name}"
+        hint = f"if you trust {name}, load in torch.serialization.safe_globals([{name}]); {hint}"
+    else:
+        found = _REASON.search(text)
+        line = _first_line(error) if found is None else found[1][:200]
+        reason = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return UnsafeContentError(f"the object is a pickle that would run code: {reason}", hint=hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -187,6 +187,9 @@ class Manifest:
     data_files: Sequence[DataFile]
     digest_files: Sequence[DigestFile]
     extra_files: Sequence[ExtraFile]
+    parts: Sequence[Manifest] = ()
+    """The manifests that this one was merged from, by rank. Their data files stand one behind the
+    other in this one's."""
 
     @property
     def data_directory(self) -> str:

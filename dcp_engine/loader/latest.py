@@ -7,19 +7,24 @@ belong here: what whole means (``verify``).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from dcp_engine.errors import CheckpointError, NotFoundError
 from dcp_engine.format.names import (
     MANIFEST_NAME,
+    TORCH_METADATA_NAME,
     parse_data_directory,
     parse_rank_manifest_name,
 )
+from dcp_engine.registry import is_chained, scheme_of
 
 __all__ = ["Candidate", "Latest", "PassedOver", "choose_latest", "join_place", "places_of"]
 
 _SHOWN = 5
+_ASCII = re.compile(r"[\x00-\x7f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +60,25 @@ class Candidate:
     committed_at: float
 
 
-def places_of(names: Iterable[str]) -> list[str]:
+def places_of(names: Iterable[str], unreadable: Iterable[str] = ()) -> list[str]:
     """The directories (relative, in order) in which, going by the names of files, a checkpoint
-    lies or was begun; the root itself, ``""``, is none."""
-    places = set()
-    for name in names:
-        parts = name.rstrip("/").split("/")
-        for depth, part in enumerate(parts):
-            if depth and _marks_checkpoint(part):
-                places.add("/".join(parts[:depth]))
-                break
+    lies or was begun, or torch's DCP saved one, which is none to load; the root itself, ``""``, is
+    none. A directory that is ``unreadable`` may hold one: it is a place itself, unless it belongs
+    to one."""
+    places = {place for name in names if (place := _place_of(name))}
+    places |= {name.rstrip("/") for name in unreadable if _place_of(name) is None}
     return sorted(places)
+
+
+def _place_of(name: str) -> str | None:
+    """Where the checkpoint lies that ``name`` belongs to; None if it belongs to none."""
+    parts = name.rstrip("/").split("/")
+    for depth, part in enumerate(parts):
+        if _marks_checkpoint(part):
+            return "/".join(parts[:depth])
+    if parts[-1] == TORCH_METADATA_NAME and not name.endswith("/"):
+        return "/".join(parts[:-1])
+    return None
 
 
 def _marks_checkpoint(name: str) -> bool:
@@ -79,6 +92,12 @@ def _marks_checkpoint(name: str) -> bool:
 def join_place(root: str | os.PathLike[str], place: str) -> str:
     """The path or URL of ``place`` below ``root``; a URL's query stays at its end."""
     text = os.fspath(root)
+    if text.startswith("file:") and scheme_of(root) == "file" and not is_chained(root):
+        base = re.split(r"[?#]", text, maxsplit=1)[0]
+        # Its path is unquoted when it is opened, and ends at "?" and "#"; "::" is a chain. What
+        # is not ASCII, such as bytes that are no UTF-8, comes through as it is.
+        quoted = _ASCII.sub(lambda part: quote(part[0]), place)
+        return f"{base.rstrip('/')}/{quoted}{text[len(base) :]}"
     base, mark, query = text.partition("?") if "://" in text else (text, "", "")
     return f"{base.rstrip('/')}/{place}{mark}{query}"
 

@@ -73,6 +73,12 @@ def _attempt(
                 hint="derive it from dcp_engine.StorageReader instead of torch's class of that "
                 "name",
             )
+        if not isinstance(planner, LoadPlanner):
+            raise UsageError(
+                f"{type(planner).__name__} is not a dcp_engine.LoadPlanner",
+                hint="derive it from dcp_engine.DefaultLoadPlanner instead of torch's class of "
+                "that name",
+            )
         columnar = (
             isinstance(reader, ColumnarReader)
             and reader.takes_columns

@@ -10,6 +10,8 @@ from dcp_engine.format.manifest import Manifest, StoredObject
 from dcp_engine.format.object_codec import decode_object, encode_object
 from dcp_engine.loader.destination import Path
 from dcp_engine.loader.options import LoadOptions
+from dcp_engine.planning.load_plan import stored_names
+from dcp_engine.planning.missing_keys import missing_key
 from dcp_engine.state.values import ObjectValue
 
 __all__ = ["ObjectRequest", "WantedObject", "choose_object"]
@@ -121,12 +123,6 @@ def choose_object(
         )
     if allow_partial:
         return None
-    raise StateMismatchError(
-        "the checkpoint does not hold this key" + (" for this rank" if by_rank is not None else ""),
-        kind="missing_key",
-        checkpoint=checkpoint,
-        tensor=fqn,
-        rank=rank,
-        hint="remove the key from the state dict, or load with "
-        "DefaultLoadPlanner(allow_partial_load=True)",
-    )
+    raise missing_key(
+        request.value, stored_names(manifest), rank=rank, for_this_rank=by_rank is not None
+    ).with_context(checkpoint=checkpoint)

@@ -19,16 +19,20 @@ from dcp_engine.error_context import located
 from dcp_engine.errors import StagingError, StorageError, UsageError
 from dcp_engine.format.manifest import Manifest, StoredObject, StoredTensor
 from dcp_engine.format.object_codec import decode_object
+from dcp_engine.format.stored import StoredChunks
 from dcp_engine.loader.slicing import Selection, select
+from dcp_engine.loader.stepped import positions_apart, read_portions
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import plan_boxes
-from dcp_engine.state.values import Box
+from dcp_engine.state.adapters.memory import as_integers
 
 __all__ = ["Checkpoint", "LazyObject", "LazyTensor"]
 
-_SEPARATE_ROWS = 4
-"""From this step on, the positions of the first dimension are read one by one instead of with all
-that lies between them."""
+_MAX_GAP = 64 << 10
+"""Between two positions of an index with a step fewer bytes than this, or than a block, are read
+with them: that is faster than a read for each."""
+_HELD_BYTES = 32 << 20
+"""Memory beside the result of an index with steps; two blocks, if that is more."""
 
 
 class LazyTensor:
@@ -60,6 +64,7 @@ class LazyTensor:
         Raises:
             ConflictError: kind ``superseded``: the checkpoint was replaced.
             DamagedCheckpointError: what is stored is not what was written.
+            StagingError: there is no memory for it.
         """
         return self._checkpoint._read(self._stored, select(self.shape, index, name=self.name))
 
@@ -101,8 +106,12 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
 
     def __init__(self, reader: ColumnarReader, checkpoint_id: str | os.PathLike[str]) -> None:
         self._reader = reader
-        with located(checkpoint=checkpoint_id, rank=0):
-            self._manifest, record = reader.open_checkpoint(checkpoint_id)
+        try:
+            with located(checkpoint=checkpoint_id, rank=0):
+                self._manifest, record = reader.open_checkpoint(checkpoint_id)
+        except BaseException:
+            reader.close_checkpoint()
+            raise
         self.save_id = record.save_id
         self._closed = False
 
@@ -156,6 +165,16 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
         self._refuse_if_closed()
         return self._reader.read_extra(self._manifest, name)
 
+    def verify_files(self, *, max_bytes: int) -> int:
+        """Compare all files with the manifest, but for the bytes of tensors, ``max_bytes`` at a
+        time. Returns the bytes of objects and extra files.
+
+        Raises ``DamagedCheckpointError``.
+        """
+        self._refuse_if_closed()
+        with located(checkpoint=self._reader.checkpoint, rank=0):
+            return self._reader.verify_files(self._manifest, max_bytes=max_bytes)
+
     def mmap(self, name: str) -> torch.Tensor:
         """A copy-on-write map of a tensor that is stored as one chunk in a local file. Its bytes
         are NOT verified; the file's size is.
@@ -167,7 +186,7 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
         stored = self._manifest.tensors[name]
         chunks = stored.chunks
         if not stored.info.itemsize or not chunks.nbytes.sum():
-            return torch.empty(stored.shape, dtype=stored.dtype)
+            return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         path = None
         if len(chunks.start) == 1:
             path = self._reader.local_data_file(self._manifest, int(chunks.file[0]))
@@ -203,36 +222,52 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
     def _read(self, stored: StoredTensor, selection: Selection) -> torch.Tensor:
         self._refuse_if_closed()
         chunks = stored.chunks  # checked before memory is taken
+        result = self._memory(stored, selection.counts)
+        if result.numel():
+            self._fill(result, stored, selection, chunks)
+        return result.reshape(selection.shape)
+
+    def _memory(self, stored: StoredTensor, shape: tuple[int, ...]) -> torch.Tensor:
         try:
-            result = torch.empty(selection.counts, dtype=stored.dtype)
+            return torch.empty(shape, dtype=stored.dtype, device="cpu")
         except RuntimeError as error:
-            for row in np.unique(chunks.file).tolist():
+            for row in np.unique(stored.chunks.file).tolist():
                 self._reader.local_data_file(self._manifest, row)  # is it as long as it is said?
             raise StagingError(
-                f"there is no memory for {math.prod(selection.counts)} elements: {error}",
+                f"there is no memory for {math.prod(shape)} elements: {error}",
                 checkpoint=self._reader.checkpoint,
                 tensor=stored.name,
                 hint="read a part of it",
             ) from error
-        if result.numel():
-            extents = selection.extents
-            stepped = any(step > 1 for step in selection.steps[1:])
-            rows = selection.counts[0] if selection.counts else 1
-            apart = rows > 1 and selection.steps[0] >= _SEPARATE_ROWS
-            if apart:
-                extents = (rows, *extents[1:])
-            target = result
-            if stepped or (rows > 1 and selection.steps[0] > 1 and not apart):
-                target = torch.empty(extents, dtype=stored.dtype)
-            boxes, tensors = _boxes(selection, extents, target, apart)
+
+    def _fill(
+        self,
+        result: torch.Tensor,
+        stored: StoredTensor,
+        selection: Selection,
+        chunks: StoredChunks,
+    ) -> None:
+        itemsize, block = stored.info.itemsize, self._manifest.block_size
+        largest = chunks.sizes[int(chunks.nbytes.argmax())].tolist()
+        apart = positions_apart(selection, largest, itemsize=itemsize, max_gap=max(_MAX_GAP, block))
+        scratch = None
+        for portion in read_portions(
+            selection, apart, itemsize=itemsize, max_bytes=max(_HELD_BYTES, 2 * block)
+        ):
+            part = result[portion.where]
+            held, size = part, math.prod(portion.held)
+            if portion.held != tuple(part.shape):
+                if scratch is None or scratch.numel() < size:
+                    scratch = self._memory(stored, (size,))
+                held = scratch[:size].view(portion.held)
+            boxes, places = zip(*portion.boxes(), strict=True)
+            tensors = [held[place] for place in places]
             with located(checkpoint=self._reader.checkpoint, rank=0):
                 self._reader.read_columns(
                     self._manifest, plan_boxes(stored, boxes), tensors, _go_on
                 )
-            if target is not result:
-                steps = (1, *selection.steps[1:]) if apart else selection.steps
-                result.copy_(target[tuple(slice(None, None, step) for step in steps)])
-        return result.reshape(selection.shape)
+            if held is not part:
+                as_integers(part).copy_(as_integers(held[portion.kept]))
 
     def _read_object(self, stored: StoredObject) -> bytes:
         self._refuse_if_closed()
@@ -246,25 +281,6 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
             checkpoint=self._reader.checkpoint,
             allow_pickle=allow_pickle,
         )
-
-
-def _boxes(
-    selection: Selection, extents: tuple[int, ...], target: torch.Tensor, apart: bool
-) -> tuple[list[Box], list[torch.Tensor]]:
-    """The boxes of the stored tensor to read, and where in ``target`` each goes."""
-    if not apart:
-        return [Box(offsets=selection.starts, sizes=extents)], [target]
-    first, step = selection.starts[0], selection.steps[0]
-    return (
-        [
-            Box(
-                offsets=(first + row * step, *selection.starts[1:]),
-                sizes=(1, *extents[1:]),
-            )
-            for row in range(selection.counts[0])
-        ],
-        [target[row : row + 1] for row in range(selection.counts[0])],
-    )
 
 
 def _go_on() -> None:

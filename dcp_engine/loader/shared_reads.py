@@ -24,6 +24,7 @@ from dcp_engine.loader.slabs import Piece, Slab, Slabs, aligned
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import LoadSource
 from dcp_engine.planning.shared_reads import ALONE, RankShare
+from dcp_engine.state.adapters.memory import fill
 from dcp_engine.storage import Check
 
 __all__ = ["BUDGET_BYTES", "read_shared"]
@@ -84,7 +85,10 @@ class _Exchange:
         if not self._count:
             return
         sizes = [self._arena_bytes(number) for number in range(self._count)]
-        arenas = [torch.empty(max(sizes[turn::2], default=0), dtype=torch.uint8) for turn in (0, 1)]
+        arenas = [
+            torch.empty(max(sizes[turn::2], default=0), dtype=torch.uint8, device="cpu")
+            for turn in (0, 1)
+        ]
         before: _Travelling | None = None
         for number in range(self._count):
             travelling = self._start(number, arenas[number % 2])
@@ -159,11 +163,11 @@ class _Exchange:
             nbytes = (piece.last - piece.first) * data.element_size()
             elements = into[:nbytes].view(data.dtype)
             if piece.whole:
-                elements.copy_(data)
+                fill(elements, data)
                 continue
             done = 0
             for _, view in self._slabs.views(piece.slab, piece, data):
-                elements[done : done + view.numel()].view(view.shape).copy_(view)
+                fill(elements[done : done + view.numel()].view(view.shape), view)
                 done += view.numel()
 
     def _leaving(self, piece: Piece) -> int:

@@ -22,6 +22,7 @@ from dcp_engine.planning.arrays import row_products
 from dcp_engine.planning.columns import LoadColumns
 from dcp_engine.planning.load_plan import LoadSource
 from dcp_engine.planning.shared_reads import ALONE, RankShare
+from dcp_engine.state.adapters.memory import fill
 from dcp_engine.storage import Check
 
 __all__ = ["Piece", "Slab", "Slabs", "aligned"]
@@ -110,7 +111,7 @@ class Slabs:
         rows = _taken(columns, direct)
         slabs = self._slab_columns(in_place, first=len(self._tensors))
         self._read(_joined(rows, slabs), [*self._tensors, *targets])
-        arena = torch.empty(limit if staged else 0, dtype=torch.uint8)
+        arena = torch.empty(limit if staged else 0, dtype=torch.uint8, device="cpu")
         for batch in self._batches(staged, limit):
             for slab, memory in zip(batch, self.read_slabs(batch, arena), strict=True):
                 self.keep(slab, memory.data)
@@ -215,7 +216,7 @@ class Slabs:
                 continue
             box = self._box(piece.row)
             for offsets, view in self.views(slab, piece, data):
-                _narrowed(box, offsets, view.shape).copy_(view)
+                fill(_narrowed(box, offsets, view.shape), view)
 
     def views(
         self, slab: int, piece: Piece, data: torch.Tensor
@@ -239,7 +240,7 @@ class Slabs:
         at = 0
         for offsets, lengths in range_boxes(tuple(box.shape), first, last):
             part = _narrowed(box, offsets, lengths)
-            part.copy_(data[at : at + part.numel()].view(lengths))
+            fill(part, data[at : at + part.numel()].view(lengths))
             at += part.numel()
 
 

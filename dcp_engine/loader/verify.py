@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dcp_engine.errors import UsageError
-from dcp_engine.loader.random_access import Checkpoint, LazyObject, LazyTensor
+from dcp_engine.loader.random_access import Checkpoint, LazyTensor
 
 __all__ = ["VERIFY_LEVELS", "VerifyLevel", "VerifyReport", "verify_checkpoint"]
 
@@ -42,7 +42,8 @@ def verify_checkpoint(
     Args:
         place: what it was opened by.
         level: ``"manifest"``: that the manifest is whole and every chunk it names lies in a file
-            it names; ``"full"``: also every byte of every file.
+            it names; ``"full"``: also that the files hold what the manifest names and nothing
+            else, and every byte that a load can read.
     Raises:
         DamagedCheckpointError: naming file and tensor.
     """
@@ -62,14 +63,11 @@ def verify_checkpoint(
 
 def _read_all(checkpoint: Checkpoint) -> Iterator[int]:
     """Read everything once; the bytes of each piece."""
+    yield checkpoint.verify_files(max_bytes=_PIECE_BYTES)
     own = [checkpoint.per_rank(name) for name in checkpoint.per_rank_names]
     for value in (*checkpoint.values(), *(v for by_rank in own for v in by_rank.values())):
-        if isinstance(value, LazyObject):
-            yield len(value.encoded())
-        else:
+        if isinstance(value, LazyTensor):
             yield from _read_tensor(value, [slice(0, size) for size in value.shape])
-    for name in checkpoint.extra_names:
-        yield len(checkpoint.read_extra(name))
 
 
 def _read_tensor(tensor: LazyTensor, box: list[slice]) -> Iterator[int]:

@@ -54,10 +54,7 @@ def read_item_bytes(data: io.BytesIO, *, fqn: str, allow_pickle: bool = False) -
     try:
         return decode_object(encoded.data, encoded.pickled, fqn=fqn, allow_pickle=allow_pickle)
     except UnsafeContentError as error:
-        error.hint = (
-            "if you trust whoever wrote the checkpoint, load with allow_pickle=True, or with "
-            "planner=DefaultLoadPlanner(allow_pickle=True)"
-        )
+        error.hint = f"{error.hint}, or with planner=DefaultLoadPlanner(allow_pickle=True)"
         raise
 
 

@@ -15,6 +15,7 @@ from dcp_engine.errors import StateMismatchError, UnsupportedStateError, UsageEr
 from dcp_engine.metadata import Metadata, MetadataIndex
 from dcp_engine.plan import ReadItem, WriteItem
 from dcp_engine.planning.items import bytes_read_item, read_items, value_items
+from dcp_engine.planning.missing_keys import missing_key
 from dcp_engine.state.adapters import FLATTEN_KEY, GroupRanks, describe
 from dcp_engine.state.adapters.torch_types import has_checkpoint_methods, is_dtensor
 from dcp_engine.state.adapters.wrapper import is_wrapper, open_wrapper
@@ -79,7 +80,7 @@ class ItemState:
                 if index.offset is not None and box.offsets == tuple(index.offset):
                     return tensor
             if 0 in value.shape:
-                return torch.empty(value.shape, dtype=value.dtype)
+                return torch.empty(value.shape, dtype=value.dtype, device="cpu")
         raise UsageError(
             f"there is no value at offset {None if index.offset is None else list(index.offset)} "
             "in this rank's state dict",
@@ -176,12 +177,7 @@ def local_read_items(
             stored = metadata.state_dict_metadata.get(described.fqn)
             if stored is None:
                 if strict:
-                    raise StateMismatchError(
-                        "the checkpoint does not hold this key",
-                        kind="missing_key",
-                        tensor=described.fqn,
-                        hint="leave the key out, or load with allow_partial_load=True",
-                    )
+                    raise missing_key(described, metadata.state_dict_metadata)
                 continue
             # By attribute: the metadata may be of torch's classes.
             is_tensor = hasattr(stored, "chunks")

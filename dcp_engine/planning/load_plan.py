@@ -18,9 +18,17 @@ from dcp_engine.format.manifest import Manifest, StoredTensor
 from dcp_engine.planning.columns import LoadColumns
 from dcp_engine.planning.load_parts import LoadParts
 from dcp_engine.planning.load_together import plan_together
+from dcp_engine.planning.missing_keys import missing_key
 from dcp_engine.state.values import Box, TensorValue
 
-__all__ = ["LoadSource", "PerRankPolicy", "make_load_columns", "plan_boxes", "unexpected_keys"]
+__all__ = [
+    "LoadSource",
+    "PerRankPolicy",
+    "make_load_columns",
+    "plan_boxes",
+    "stored_names",
+    "unexpected_keys",
+]
 
 PerRankPolicy = Literal["error", "skip", "list"]
 
@@ -110,7 +118,12 @@ def plan_boxes(stored: StoredTensor, boxes: Sequence[Box]) -> LoadColumns:
 def unexpected_keys(manifest: Manifest, wanted: Collection[str]) -> tuple[str, ...]:
     """What is stored and not among ``wanted``, in the order of the manifest."""
     names = wanted if isinstance(wanted, (set, frozenset, dict)) else set(wanted)
-    stored = dict.fromkeys(
+    return tuple(name for name in stored_names(manifest) if name not in names)
+
+
+def stored_names(manifest: Manifest) -> dict[str, None]:
+    """The names of all values, in the order of the manifest."""
+    return dict.fromkeys(
         [
             *manifest.tensors,
             *manifest.per_rank_tensors,
@@ -118,14 +131,13 @@ def unexpected_keys(manifest: Manifest, wanted: Collection[str]) -> tuple[str, .
             *manifest.per_rank_objects,
         ]
     )
-    return tuple(name for name in stored if name not in names)
 
 
 def _read_all(by_rank: Mapping[int, StoredTensor], parts: LoadParts) -> tuple[torch.Tensor, ...]:
     """New tensors for every saving rank's value."""
     tensors = []
     for _, stored in sorted(by_rank.items()):
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         tensors.append(tensor)
         if tensor.numel():
             whole = Box(offsets=(0,) * len(stored.shape), sizes=stored.shape)
@@ -144,14 +156,8 @@ def _refuse_missing(value: TensorValue, manifest: Manifest, strict: bool, rank: 
             hint="make the destination what was saved, or leave the key out",
         )
     if strict:
-        raise StateMismatchError(
-            "the checkpoint does not hold this tensor"
-            + (" for this rank" if value.fqn in manifest.per_rank_tensors else ""),
-            kind="missing_key",
-            tensor=value.fqn,
-            rank=rank,
-            hint="leave the key out, or load with allow_partial_load=True",
-        )
+        of_others = value.fqn in manifest.per_rank_tensors
+        raise missing_key(value, stored_names(manifest), rank=rank, for_this_rank=of_others)
 
 
 def _check_fit(value: TensorValue, stored: StoredTensor) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "checkpoint_name",
     "content_of",
     "extra_contents",
+    "require_planner",
     "require_writer",
     "save",
     "takes_columns",
@@ -122,6 +123,17 @@ def require_writer(writer: StorageWriter) -> None:
         )
 
 
+def require_planner(planner: SavePlanner | None) -> None:
+    """Raise ``UsageError`` for what is no planner: one of torch's classes, for example, whose items
+    and checks are made for torch's metadata."""
+    if planner is not None and not isinstance(planner, SavePlanner):
+        raise UsageError(
+            f"{type(planner).__name__} is not a dcp_engine.SavePlanner",
+            hint="derive it from dcp_engine.DefaultSavePlanner instead of torch's class of that "
+            "name",
+        )
+
+
 def takes_columns(writer: StorageWriter, planner: SavePlanner | None) -> bool:
     """Whether a save goes as columns: default planner, engine's own writer, neither with a method
     overridden."""
@@ -140,7 +152,11 @@ def content_of(
     group: GroupRanks,
     options: SaveOptions,
 ) -> ColumnContent | ItemContent:
-    """How ``state_dict`` is going to be saved; nothing is looked at yet."""
+    """How ``state_dict`` is going to be saved; nothing is looked at yet.
+
+    Raises ``UsageError`` as ``require_planner`` does.
+    """
+    require_planner(planner)
     planner = planner if planner is not None else DefaultSavePlanner()
     if not (isinstance(planner, DefaultSavePlanner) and takes_columns(writer, planner)):
         return ItemContent(state_dict=state_dict, planner=planner)
@@ -303,7 +319,7 @@ def _ticket_maker(
             coordinator_rank=options.coordinator_rank,
             identity=identity,
             extra_files=extra_contents(options) if rank == options.coordinator_rank else {},
-            user_metadata=options.user_metadata,
+            user_metadata=dict(options.user_metadata),
             use_collectives=options.use_collectives,
             keep_replaced=options.keep_replaced,
             by_worker=by_worker,

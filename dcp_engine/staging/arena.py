@@ -46,7 +46,7 @@ class Arena(Closing):
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self._pin = pin and pages.can_pin()
         self._pinned = False
-        self._base = torch.empty(0, dtype=torch.uint8)
+        self._base = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     @classmethod
     def attach(cls, fd: int, size: int) -> Arena:
@@ -59,7 +59,7 @@ class Arena(Closing):
         arena = cls.__new__(cls)
         arena._fd = fd
         arena._pin = arena._pinned = False
-        arena._base = torch.empty(0, dtype=torch.uint8)
+        arena._base = torch.empty(0, dtype=torch.uint8, device="cpu")
         try:
             arena.extend(size)
         except BaseException:
@@ -149,7 +149,7 @@ class Arena(Closing):
             raise StagingError(
                 f"{size:,} bytes of staging memory cannot be mapped: {error}"
             ) from error
-        self._base = torch.empty(0, dtype=torch.uint8).set_(
+        self._base = torch.empty(0, dtype=torch.uint8, device="cpu").set_(
             cast(torch.UntypedStorage, storage), 0, torch.Size((size,)), torch.Size((1,))
         )
         pages.advise_huge_pages(self._base)
@@ -195,7 +195,7 @@ class Arena(Closing):
         if self.closed:
             return
         self._unpin()
-        self._base = torch.empty(0, dtype=torch.uint8)
+        self._base = torch.empty(0, dtype=torch.uint8, device="cpu")
         fd, self._fd = self._fd, -1
         os.close(fd)
 

@@ -181,7 +181,7 @@ def _staged_value(value: Value, staged: Sequence[torch.Tensor], original: Any) -
     empty = math.prod(value.shape) == 0
     if value.kind is EntryKind.SHARDED or not (staged or empty):
         return _stand_in(value.fqn, original, [value], staged)
-    tensor = torch.empty(value.shape, dtype=value.dtype) if empty else staged[0]
+    tensor = staged[0] if not empty else torch.empty(value.shape, dtype=value.dtype, device="cpu")
     return tensor.requires_grad_() if value.requires_grad else tensor
 
 

@@ -360,6 +360,11 @@ class FaultyColumnarReader(FaultyStorageReader, ColumnarReader):
     def read_extra(self, manifest: Manifest, name: str) -> bytes:
         return _as(bytes, self.schedule.call("read_extra", self.inner, manifest, name))
 
+    def verify_files(self, manifest: Manifest, *, max_bytes: int) -> int:
+        return _as(
+            int, self.schedule.call("verify_files", self.inner, manifest, max_bytes=max_bytes)
+        )
+
     def close_checkpoint(self) -> None:
         self.schedule.call("close_checkpoint", self.inner)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 from datetime import timedelta
 from pathlib import Path
@@ -314,3 +315,36 @@ def test_writers_of_other_origin_take_plain_path_objects() -> None:
     checkpoints: dict[str, Any] = {}
     dcp.save(STATE, checkpoint_id=Path("a/b"), storage_writer=DictWriter(checkpoints))
     assert list(checkpoints) == ["a/b"]
+
+
+class TheirType(enum.Enum):
+    """As torch's ``AsyncCheckpointerType``: equal values, another class."""
+
+    THREAD = "thread"
+
+
+@pytest.mark.parametrize("given", [TheirType.THREAD, "thread"])
+def test_where_an_asynchronous_save_runs_may_be_said_in_torchs_words(
+    tmp_path: Path, given: Any
+) -> None:
+    saved = dcp.async_save(
+        STATE, checkpoint_id=tmp_path / "c", async_checkpointer_type=given, no_dist=True
+    )
+    saved.result(60)
+    found = target()
+    dcp.load(found, checkpoint_id=tmp_path / "c")
+    check(found)
+
+
+def test_an_unknown_place_for_an_asynchronous_save(tmp_path: Path) -> None:
+    unknown: Any = "fibre"
+    with dcp.Engine() as engine:
+        for call in (
+            lambda: engine.async_save(
+                STATE, checkpoint_id=tmp_path, async_checkpointer_type=unknown
+            ),
+            lambda: engine.warmup(STATE, async_checkpointer_type=unknown),
+        ):
+            with pytest.raises(dcp.UsageError, match="'fibre'") as caught:
+                call()
+            assert "THREAD" in str(caught.value)

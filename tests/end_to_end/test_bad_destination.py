@@ -145,3 +145,39 @@ def test_per_rank_values_come_back(root: Path) -> None:
     load(root, into)
     assert into["own"].value["seed"] == 5
     assert into["own"].value["rng"].tolist() == [0, 1, 2]
+
+
+class ByItems(dcp.DefaultLoadPlanner):
+    """The default planner in DCP's life cycle."""
+
+    def finish_plan(self, central_plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return central_plan
+
+
+def missing(tmp_path: Path, saved: dict[str, Any], into: dict[str, Any], planner: Any) -> str:
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(dcp.CheckpointException) as caught:
+        dcp.load(into, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    assert caught.value.kind == "missing_key"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, ByItems])
+def test_an_empty_container_for_stored_values_is_called_that(tmp_path: Path, planner: Any) -> None:
+    saved = {"o": {"state": {0: torch.ones(2), 1: 3}, "state_of": 1}}
+    text = missing(tmp_path, saved, {"o": {"state": {}}}, planner())
+    assert "'o.state'" in text
+    assert "2 values below it; the destination is an empty dict" in text
+    assert "Fill the destination first" in text and "get_state_dict" in text
+    assert "allow_partial_load" not in text
+
+
+@pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, ByItems])
+@pytest.mark.parametrize("value", [5, torch.ones(2)], ids=["object", "tensor"])
+def test_one_value_for_many_is_called_that(tmp_path: Path, planner: Any, value: Any) -> None:
+    text = missing(tmp_path / "a", {"a": {"x": 1, "y": 2}}, {"a": value}, planner())
+    named = "a tensor" if isinstance(value, torch.Tensor) else "one value of type int"
+    assert f"2 values below it; the destination is {named}" in text
+    text = missing(tmp_path / "b", {"a": value}, {"a": {"b": {"x": value}}}, planner())
+    assert "but one value 'a'; the destination has a container in its place" in text
+    assert "allow_partial_load" not in text

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
+from tests.locked_directories import lock
 
 
 def save(path: Path, value: float, **options: Any) -> None:
@@ -115,3 +116,26 @@ def test_bad_questions(root: Path) -> None:
         dcp.verify(root / "step-1", level="some")  # type: ignore[arg-type]
     with pytest.raises(dcp.UsageError, match="latest_in"):
         dcp.load({}, latest_in=root, checkpoint_id=root / "step-1", no_dist=True)
+
+
+def test_a_directory_that_may_not_be_read_is_passed_over(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "lost+found").mkdir()
+    lock(monkeypatch, "lost+found", "step-3")
+    found = dcp.latest(root)
+    assert found.checkpoint == f"{root}/step-2"
+    reasons = {os.path.basename(p.checkpoint): p.reason for p in found.passed_over}
+    assert reasons.keys() == {"lost+found", "step-3"}
+    assert all("Permission denied" in reason for reason in reasons.values())
+    assert load(root)[0] == 2
+
+
+def test_a_checkpoint_whose_data_may_not_be_read_is_passed_over(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data,) = (root / "step-3").glob("data-*")
+    lock(monkeypatch, data.name)
+    found = dcp.latest(root, verify="full")
+    assert found.checkpoint == f"{root}/step-2"
+    assert ["Permission denied" in p.reason for p in found.passed_over] == [True]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 
 import pytest
 
@@ -109,6 +109,19 @@ def test_closing_drains() -> None:
     assert thread.close()
     assert [future.result(0) for future in futures] == list(range(20))
     assert OrderedThread("never used").close(0)
+
+
+def test_it_knows_itself(thread: OrderedThread) -> None:
+    assert not thread.is_current(), "it has not started"
+    assert thread.submit(thread.is_current).result(LIMIT)
+    assert not thread.is_current()
+    called_back: Future[bool] = Future()
+    gate = Gate()
+    running = thread.submit(gate)
+    assert gate.entered.wait(LIMIT)
+    running.add_done_callback(lambda _: called_back.set_result(thread.is_current()))
+    gate.open.set()
+    assert called_back.result(LIMIT), "callbacks run on it"
 
 
 def test_it_does_not_wait_for_itself(thread: OrderedThread) -> None:

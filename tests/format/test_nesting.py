@@ -162,6 +162,24 @@ def test_ranks_that_nest_differently_are_named(one: dict[str, Any], other: dict[
     assert caught.value.kind == "plan_divergence"
 
 
+@pytest.mark.parametrize(("full", "kind"), [({"w": 1}, "dict"), ([1], "list")])
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_value_beside_a_container_is_explained(full: Any, kind: str, order: int) -> None:
+    """As an empty container is: torch's ``get_state_dict`` makes them on all ranks but 0, with
+    ``full_state_dict`` and ``cpu_offload``."""
+    one_value, container = encoded({"model": None}), encoded({"model": full})
+    with pytest.raises(InvalidPlanError) as caught:
+        merge_nestings([one_value, container][::order])
+    here, there = [(0, 1), (1, 0)][order == -1]
+    assert caught.value.message == (
+        f"the ranks nest 'model' differently: one value (as an empty container is) on rank {here}, "
+        f"a {kind} with values on rank {there}"
+    )
+    assert "leave the key out" in str(caught.value.hint)
+    left_out = Nesting(merge_nestings([encoded({}), container][::order]))
+    assert left_out.paths() == Nesting(container).paths()
+
+
 def table(
     containers: dict[str, object] | None = None, leaves: dict[str, object] | None = None
 ) -> bytes:

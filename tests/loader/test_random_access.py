@@ -24,6 +24,8 @@ def state() -> dict[str, Any]:
     return {
         "w": torch.arange(300 * 40, dtype=torch.float32).reshape(300, 40),
         "large": torch.arange(1 << 20, dtype=torch.int64).reshape(4096, 256),
+        "long": torch.arange(100_000, dtype=torch.float32),
+        "wide": torch.arange(1 << 18, dtype=torch.int64).reshape(4, 1 << 16),
         "half": torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4),
         "scalar": torch.tensor(7.5),
         "empty": torch.empty(0, 3),
@@ -122,6 +124,68 @@ def test_a_row_range_reads_its_blocks_and_no_others(path: Path, state: dict[str,
         rows = handle[1000:1100]
         assert torch.equal(rows, state["large"][1000:1100])
         assert store.nbytes("read") - before <= rows.numel() * 8 + 2 * BLOCK
+
+
+STEPS: list[tuple[str, Any]] = [
+    *(("long", slice(start, None, step)) for start in (0, 7) for step in (2, 4, 100, 20_000)),
+    *(("large", slice(1, None, step)) for step in (2, 4, 31, 32, 33, 64, 1000)),
+    ("large", (slice(None, None, 64), slice(None, None, 3))),
+    ("large", (slice(None, 100, 2), slice(3, None, 100))),
+    ("wide", (slice(None), slice(None, None, 1 << 14))),
+    ("wide", (slice(None, None, 2), slice(5, None, 20_000))),
+    ("wide", (slice(None, None, 3), slice(None, None, 2))),
+]
+
+
+@pytest.mark.parametrize("held", [1 << 25, 1 << 16], ids=["one portion", "portions"])
+@pytest.mark.parametrize(("name", "index"), STEPS, ids=str)
+def test_steps_read_the_blocks_they_touch(
+    path: Path,
+    state: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    index: Any,
+    held: int,
+) -> None:
+    monkeypatch.setattr("dcp_engine.loader.random_access._HELD_BYTES", held)
+    ckpt, store = opened(path)
+    tensor = state[name]
+    at = torch.arange(tensor.numel()).reshape(tensor.shape)[index] * tensor.element_size()
+    touched = sum(
+        min(BLOCK, tensor.nbytes - block * BLOCK) for block in (at // BLOCK).unique().tolist()
+    )
+    with ckpt:
+        handle = ckpt[name]
+        assert isinstance(handle, dcp.LazyTensor)
+        handle[0]  # header and digests are read once
+        before = store.nbytes("read")
+        assert torch.equal(handle[index], tensor[index])
+        read = store.nbytes("read") - before
+    if held == 1 << 25:
+        assert read == touched
+    else:
+        assert touched <= read <= 2 * touched  # portions may share a block
+
+
+def test_a_step_takes_memory_for_what_it_keeps(
+    path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcp_engine.loader.random_access._HELD_BYTES", 1 << 17)
+    taken: list[int] = []
+    memory = dcp.Checkpoint._memory
+
+    def counted(self: dcp.Checkpoint, *args: Any) -> torch.Tensor:
+        made = memory(self, *args)
+        taken.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(dcp.Checkpoint, "_memory", counted)
+    ckpt, _ = opened(path)
+    with ckpt:
+        found = ckpt["large"][:, ::128]  # type: ignore[index]
+    assert torch.equal(found, state["large"][:, ::128])
+    assert taken == [found.nbytes, taken[-1]]  # one buffer, used again
+    assert taken[-1] <= 1 << 17
 
 
 @given(data=st.data())
@@ -228,6 +292,41 @@ def test_a_closed_checkpoint_says_so(path: Path) -> None:
     ckpt.close()
     with pytest.raises(dcp.UsageError, match="closed"):
         handle[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("index", [..., (slice(None), slice(None, None, 2))], ids=str)
+def test_another_default_device_changes_nothing(
+    path: Path, state: dict[str, Any], index: Any
+) -> None:
+    with torch.device("meta"):
+        ckpt, _ = opened(path)
+        with ckpt:
+            found = ckpt["w"][index]  # type: ignore[index]
+            assert ckpt.mmap("empty").is_cpu
+    assert torch.equal(found, state["w"][index])
+
+
+def test_steps_of_dtypes_without_a_copy_kernel(tmp_path: Path) -> None:
+    stored = torch.arange(60, dtype=torch.uint8).reshape(6, 10)
+    dcp.save(
+        {"w": stored.view(torch.uint4)},
+        storage_writer=dcp.FileSystemWriter(tmp_path),
+        no_dist=True,
+    )
+    ckpt, _ = opened(tmp_path)
+    with ckpt, torch.inference_mode():
+        found = ckpt["w"][1::2, ::3]  # type: ignore[index]
+    assert found.dtype == torch.uint4
+    assert torch.equal(found.view(torch.uint8), stored[1::2, ::3])
+
+
+def test_what_cannot_be_opened_is_closed(tmp_path: Path) -> None:
+    store = RecordingByteStore(FileSystemStore(tmp_path))
+    closed: list[bool] = []
+    store.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    with pytest.raises(dcp.NotFoundError):
+        dcp.Checkpoint(ShardedReader(lambda _: store), tmp_path)
+    assert closed == [True]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,79 @@ def save_in_two_groups(path: str) -> dict[str, bool]:
         "all": holds(f"{path}/all", 1.0),
         "own": into["w"].tolist() == [float(rank)] * 9,
     }
+
+
+class Uncopyable:
+    """What no ``user_metadata`` may hold."""
+
+    def __deepcopy__(self, memo: object) -> Uncopyable:
+        raise ValueError("no copy of this")
+
+
+def fail_by_an_argument(path: str, kind: str) -> dict[str, Any]:
+    """The coordinator cannot read an extra file, then the other rank's metadata cannot be copied;
+    each time the next save is to work."""
+    found: dict[str, Any] = {}
+    arguments: list[dict[str, Any]] = [
+        {"extra_files": {"config.json": Path(path) / "missing-file"}},
+        {"user_metadata": {"x": Uncopyable()}},
+    ]
+    with dcp.Engine() as engine:
+        for victim, argument in enumerate(arguments):
+            mine = argument if dist.get_rank() == victim else {}
+            try:
+                found[f"on {victim}"] = outcome(save(engine, kind, path, 1.0, **mine))
+            except (dcp.UsageError, ValueError) as error:
+                found[f"on {victim}"] = {"text": str(error)}
+            save(engine, kind, path, 2.0 + victim).result(LIMIT)
+            found[f"after {victim}"] = holds(path, 2.0 + victim)
+    return found
+
+
+def save_and_never_look(path: str, kind: str) -> dict[str, Any]:
+    """The first save cannot begin on rank 1; saves follow, and nobody looks at any of them."""
+    raised: list[str | None] = []
+    failures: list[dict[str, Any] | None] = []
+    with dcp.Engine() as engine:
+        for turn in range(5):
+            state = content(float(turn))
+            if turn == 0 and dist.get_rank() == 1:
+                state["bad"] = object.__new__(type("Local", (), {}))
+            try:
+                response = engine.async_save(
+                    state,
+                    checkpoint_id=f"{path}/{turn}",
+                    async_checkpointer_type=KINDS[kind],
+                    timeout=LIMIT,
+                )
+            except dcp.CheckpointError as error:
+                raised.append(error.kind)
+                failures.append(None)
+                continue
+            raised.append(None)
+            wait([response], LIMIT)
+            error = response.unseen_failure()
+            failed = sorted(error.failures) if isinstance(error, dcp.CheckpointException) else None
+            failures.append(failed and {"failed": failed, "kind": error.kind})
+    return {"raised": raised, "failures": failures, "last": holds(f"{path}/4", 4.0)}
+
+
+def fail_alone(path: str) -> dict[str, Any]:
+    """A save of this process alone, then saves without collectives that fail."""
+    failed: dict[str, list[int]] = {}
+    with dcp.Engine() as engine:
+        engine.async_save(
+            {"w": torch.ones(3)}, checkpoint_id=f"{path}/{dist.get_rank()}", no_dist=True
+        ).result(LIMIT)
+        options: dict[str, Any] = {"use_collectives": False, "save_id": "a" * 32}
+        for kind in KINDS:
+            writer = FailingWriter(f"{path}/{kind}")
+            response = save(engine, kind, path, 1.0, storage_writer=writer, **options)
+            failed[kind] = outcome(response)["failed"]
+        try:
+            writer = FailingWriter(f"{path}/save")
+            engine.save({"w": torch.ones(3)}, storage_writer=writer, **options)
+        except dcp.CheckpointException as error:
+            failed["save"] = sorted(error.failures)
+        assert engine._async is not None
+        return {"failed": failed, "worker": engine._async._process._rank}

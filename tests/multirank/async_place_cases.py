@@ -195,6 +195,37 @@ def _save_planned(
     return response
 
 
+class HomeBody(int):
+    """JSON like any number, but it cannot be unpickled in another process."""
+
+    def __reduce__(self) -> Any:
+        return _at_home, (int(self), os.getpid())
+
+
+def _at_home(value: int, pid: int) -> HomeBody:
+    if os.getpid() != pid:
+        raise Struck("far from home")
+    return HomeBody(value)
+
+
+def fail_before_the_worker_begins(path: str) -> list[dict[str, Any]]:
+    """On each rank in turn, what its worker is sent cannot be unpickled; each time with the next
+    save."""
+    found = []
+    with dcp.Engine() as engine:
+        save(engine, "process", path, 0.0).result(LIMIT)
+        pid = engine.worker_pid
+        for victim in range(dist.get_world_size()):
+            here = dist.get_rank() == victim
+            metadata = {"epoch": HomeBody(3) if here else 3}
+            failed = outcome(save(engine, "process", path, 99.0, user_metadata=metadata))
+            old = holds(path, float(victim))
+            save(engine, "process", path, victim + 1.0).result(LIMIT)
+            found.append(failed | {"old": old, "new": holds(path, victim + 1.0)})
+            assert engine.worker_pid == pid
+    return found
+
+
 # -- background staging under FSDP2 ------------------------------------------------------------
 
 

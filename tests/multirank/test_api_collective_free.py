@@ -59,6 +59,7 @@ def test_round_trip_and_reshard(ranks: Any, tmp_path: Path, world_size: int) -> 
         f"data-{TOKENS[0]}",
         *(f"manifest-rank{rank:05}.json" for rank in range(world_size)),
     ]
+    assert dcp.verify(path).world_size == world_size  # ranks wrote the same values
     assert ranks.run(world_size, load_state, path, False, True) == [[]] * world_size
     other = 6 - world_size
     assert ranks.run(other, load_state, path, True, False) == [[]] * other

@@ -83,3 +83,42 @@ _CAUSES = {"tidying": "on purpose", "stopped": "stalled"}
 def test_two_groups_at_once(ranks: Any, tmp_path: Path) -> None:
     for found in ranks.run(2, async_cases.save_in_two_groups, str(tmp_path), timeout=60):
         assert found == {"all": True, "own": True}
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_an_argument_that_fails_on_one_rank(ranks: Any, tmp_path: Path, kind: str) -> None:
+    """Reading it is a part of the save: the others are told, and the next save works."""
+    cases = ranks.run(2, async_cases.fail_by_an_argument, str(tmp_path / "c"), kind, timeout=60)
+    for rank, found in enumerate(cases):
+        for victim, word in ((0, "missing-file"), (1, "no copy of this")):
+            case = found[f"on {victim}"]
+            assert word in case["text"], case
+            assert ("failed" not in case) is (rank == victim), "itself is told at the call"
+            if rank != victim:
+                assert case["failed"] == [victim]
+            assert found[f"after {victim}"]
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_failures_that_nobody_looks_at_come_to_an_end(
+    ranks: Any, tmp_path: Path, kind: str
+) -> None:
+    """Raising an earlier failure fails the save of that call on the other ranks, which must not
+    make them fail the one after it in their turn."""
+    found = ranks.run(2, async_cases.save_and_never_look, str(tmp_path), kind, timeout=60)
+    assert found[0]["raised"] == [None, "unsupported_state", None, None, None]
+    assert found[1]["raised"] == ["unsupported_state", None, None, None, None]
+    first = {"failed": [1], "kind": "unsupported_state"}
+    second = {"failed": [0], "kind": "earlier_save_failed"}
+    assert found[0]["failures"] == [first, None, None, None, None]
+    assert found[1]["failures"] == [None, second, None, None, None]
+    assert all(rank["last"] for rank in found)
+    assert [(tmp_path / str(turn) / "manifest.json").exists() for turn in range(5)] == [
+        turn > 1 for turn in range(5)
+    ]
+
+
+def test_the_rank_that_is_named_without_collectives(ranks: Any, tmp_path: Path) -> None:
+    for rank, found in enumerate(ranks.run(2, async_cases.fail_alone, str(tmp_path), timeout=60)):
+        assert found["failed"] == {"save": [rank], "thread": [rank], "process": [rank]}
+        assert found["worker"] == rank, "though the first save was of this process alone"

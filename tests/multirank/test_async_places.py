@@ -49,6 +49,16 @@ def test_every_method_fails_in_the_worker(ranks: Any, tmp_path: Path, thorough: 
         assert last == {"new": True, "left": 1}
 
 
+def test_a_failure_before_the_worker_begins_is_told(ranks: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    for found in ranks.run(2, cases.fail_before_the_worker_begins, path, timeout=120):
+        for victim, case in enumerate(found):
+            assert case["failed"] == [victim], case
+            assert "far from home" in case["text"], "not that a rank is missing"
+            assert case["old"]
+            assert case["new"]
+
+
 @pytest.mark.skipif(not CPU_FSDP, reason="this torch's FSDP2 does not train on CPU")
 @pytest.mark.parametrize("kind", ["thread", pytest.param("process", marks=pytest.mark.torture)])
 def test_background_staging_behind_fused_steps(ranks: Any, tmp_path: Path, kind: str) -> None:

@@ -304,3 +304,36 @@ def test_a_load_of_one_rank_alone(ranks: Any, tmp_path: Path) -> None:
 def test_a_word_that_is_none_of_the_three(tmp_path: Path) -> None:
     with pytest.raises(dcp.UsageError, match="shared_reads is 'twice'"):
         load({}, str(tmp_path), shared_reads="twice")
+
+
+NO_COPY_KERNEL = torch.uint4
+
+
+def load_unusual(path: str, shared: str) -> list[str]:
+    """Into tensors that torch's own copies refuse, whole and in pieces."""
+    bits = torch.arange(200_000).remainder(251).to(torch.uint8)
+    state = {"w": bits.view(NO_COPY_KERNEL).view(500, 400), "b": bits[:7].view(NO_COPY_KERNEL)}
+    state["f"] = bits.view(torch.float32)
+    save(state, path)
+    with torch.inference_mode():
+        plain = torch.zeros(500, 400, dtype=torch.uint8)
+        turned = torch.zeros(400, 500, dtype=torch.uint8)
+        row, floats = torch.zeros(7, dtype=torch.uint8), torch.zeros(100_000)[::2]
+    problems = []
+    for into in (plain, turned.t()):
+        loaded = {"w": into.view(NO_COPY_KERNEL), "b": row.view(NO_COPY_KERNEL), "f": floats}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dcp_engine.loader.share.BUDGET_BYTES", 1 << 20)
+            load(loaded, path, shared_reads=shared)
+        if not torch.equal(into, bits.view(500, 400)) or not torch.equal(row, bits[:7]):
+            problems.append(f"{tuple(into.stride())}: other bytes")
+        if not torch.equal(floats.contiguous().view(torch.uint8), bits):
+            problems.append("other floats")
+    return problems
+
+
+@pytest.mark.parametrize("shared", ["direct", "once"])
+def test_tensors_without_a_copy_kernel_and_inference_tensors(
+    ranks: Any, tmp_path: Path, shared: str
+) -> None:
+    assert ranks.run(2, load_unusual, str(tmp_path / "c"), shared) == [[], []]

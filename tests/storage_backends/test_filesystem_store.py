@@ -14,6 +14,7 @@ from dcp_engine.errors import DamagedCheckpointError, StorageError
 from dcp_engine.storage import ReadRange
 from storage_backends import vectored_io
 from storage_backends.filesystem_store import FileSystemStore, path_of
+from tests.locked_directories import lock
 
 
 @pytest.fixture
@@ -431,3 +432,43 @@ def test_pwrite_that_writes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "pwritev", lambda *_args: 0)
     with pytest.raises(OSError, match="nothing"):
         vectored_io.pwrite_all(0, [view(b"x")], 0)
+
+
+def test_a_directory_that_may_not_be_read_is_listed_by_its_name(
+    store: FileSystemStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data/open", "data/locked", "data/nothing"):
+        store.make_directory(name)
+    store.put("data/open/f", b"1")
+    store.put("data/locked/f", b"2")
+    lock(monkeypatch, "locked")
+    listed = {(file.name, file.size, file.unreadable) for file in store.list()}
+    assert listed == {
+        ("data/open/f", 1, False),
+        ("data/locked/", 0, True),
+        ("data/nothing/", 0, False),
+    }
+    # Asked for itself it is an error.
+    with pytest.raises(StorageError, match="list the directory"):
+        store.list("data/locked/")
+
+
+def test_a_directory_whose_entries_may_not_be_looked_at(
+    store: FileSystemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without the right to search it."""
+    store.make_directory("data/open")
+    store.make_directory("data/locked")
+    store.put("data/open/f", b"1")
+    store.put("data/locked/a", b"2")
+    store.put("data/locked/hidden", b"2")
+    real = os.stat
+
+    def refuse(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if path == "hidden":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    listed = {(file.name, file.unreadable) for file in store.list()}
+    assert listed == {("data/open/f", False), ("data/locked/", True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 import dcp_engine
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile, ReadRange
+from storage_backends import write_files
 from storage_backends.filesystem_store import FileSystemStore
 from storage_backends.sharded_reader import INFLIGHT_PER_THREAD, ShardedReader
 from storage_backends.sharded_writer import ShardedWriter
+from storage_backends.tensor_bytes import contiguous_slices
 from storage_backends.testing.wrapping import WrappingByteStore
 
 
@@ -147,3 +150,26 @@ def test_contiguous_tensors_need_next_to_nothing(tmp_path: Path) -> None:
     dcp_engine.load(target, storage_reader=reader, no_dist=True)
     for store in (watched, loading):
         assert store.foreign_bytes < 64 << 10  # header, digests, manifest
+
+
+def test_a_copy_is_gone_before_the_next_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what a thread copies in order to write it."""
+    held: list[int] = []
+
+    def watched(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+        slices = contiguous_slices(tensor, limit)
+        copies: list[weakref.ref[torch.Tensor]] = []
+        while (part := next(slices, None)) is not None:
+            held.append(sum(copy() is not None for copy in copies))
+            copies.append(weakref.ref(part))
+            yield part
+            del part
+
+    monkeypatch.setattr(write_files, "contiguous_slices", watched)
+    monkeypatch.setattr(write_files, "COPY_BYTES", 1 << 12)
+    state = {"w": torch.arange(100 * 100.0).reshape(100, 100).t()}
+    dcp_engine.save(state, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert len(held) == 10
+    assert set(held) == {0}

@@ -15,6 +15,7 @@ from storage_backends.memory import MemoryStore
 from storage_backends.prune import prune, prune_checkpoint
 from storage_backends.sharded_writer import ShardedWriter
 from storage_backends.testing.faulty import Fail, Fault, FaultyByteStore
+from tests.locked_directories import lock
 from tests.storage_backends.hand_plans import load_whole, save, ticket, whole, write
 
 A, B, C, D = (letter * 32 for letter in "abcd")
@@ -135,3 +136,37 @@ def test_memory_and_failures() -> None:
     assert prune(store, older_than=-1).bytes_removed == 3
     assert list(store.list()) == []
     assert prune(MemoryStore()).removed == ()
+
+
+@pytest.mark.parametrize("locked", ["extra", f"data-{B}", "step-1"])
+def test_what_may_not_be_looked_into_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    """Whatever its age; and what lies beside it goes all the same."""
+    hidden = orphan(tmp_path / "step-1", B, 2 * 86400)
+    (hidden / "extra").mkdir()  # empty: removing it would not fail
+    make_old(hidden, 2 * 86400)
+    names = sorted(tmp_path.rglob("*"))
+    gone = orphan(tmp_path / "step-2", C, 2 * 86400)
+    lock(monkeypatch, locked)
+    report = prune(tmp_path)
+    monkeypatch.undo()
+    assert [entry.name for entry in report.removed] == [f"step-2/data-{C}"]
+    expected = [] if locked == "step-1" else [(f"step-1/data-{B}", "unreadable")]
+    assert [(entry.name, entry.reason) for entry in report.kept] == expected
+    assert not gone.exists()
+    assert [path for path in names if path.exists()] == names
+
+
+@pytest.mark.parametrize("locked", ["extra", f"data-{A}"])
+def test_a_save_removes_nothing_that_it_may_not_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    save([FileSystemWriter(tmp_path)], whole(STATE), A)
+    (tmp_path / f"data-{A}" / "extra").mkdir()
+    names = [p for p in tmp_path.rglob("*") if A in str(p)]
+    lock(monkeypatch, locked)
+    save([FileSystemWriter(tmp_path)], whole(STATE), B)
+    monkeypatch.undo()
+    assert [path for path in names if path.exists()] == names
+    assert load_whole(FileSystemReader(tmp_path), STATE)["w"].sum() == 100

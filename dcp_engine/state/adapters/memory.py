@@ -15,7 +15,7 @@ from dcp_engine.state.adapters.torch_types import (
     is_fake,
 )
 
-__all__ = ["as_integers", "is_simple", "plain_memory", "refusal"]
+__all__ = ["as_integers", "fill", "is_simple", "plain_memory", "refusal"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,6 +39,17 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     if dtype is None or tensor.is_conj() or tensor.is_neg():
         return tensor
     return tensor.view(dtype)
+
+
+def fill(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy ``source`` into the memory of ``target``, which may be anything that a load fills: of a
+    dtype without copies, a leaf of autograd, made in inference mode.
+
+    Both have one shape and dtype; ``source`` is no conjugate or negative view.
+    """
+    with torch.no_grad():
+        target = as_integers(target.detach())
+        target.copy_(source.view(target.dtype))
 
 
 def plain_memory(fqn: str, tensor: torch.Tensor, *, for_load: bool) -> torch.Tensor:
@@ -173,7 +184,7 @@ def _elements_share_memory(tensor: torch.Tensor) -> bool:
     if any(stride == 0 for stride, _ in dims) or tensor.numel() > _COUNTED_ELEMENTS:
         return True
     # Interleaved strides: rare enough to count the addresses one by one.
-    addresses = torch.zeros((), dtype=torch.int64)
+    addresses = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in dims:
-        addresses = addresses.unsqueeze(-1) + torch.arange(size) * stride
+        addresses = addresses.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
     return int(torch.unique(addresses).numel()) < tensor.numel()
