@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class ShardedWriter(ColumnarWriter, WriterStager):
         # Public, as in DCP, where subclasses read and assign them.
         self.overwrite = overwrite
         self.thread_count = thread_count
-        self._block_size = block_size
+        self._options = WriteOptions(block_size=block_size)
         self._most_threads = max(1, max_inflight_bytes // INFLIGHT_PER_THREAD)
         self._store: ByteStore | None = None
         self._save: RankSave | None = None
@@ -164,7 +165,7 @@ class ShardedWriter(ColumnarWriter, WriterStager):
 
     def _begin(self, store: ByteStore, ticket: SaveTicket) -> RankSave:
         threads = max(1, min(self.thread_count, self._most_threads))
-        options = WriteOptions(block_size=self._block_size, threads=threads)
+        options = replace(self._options, threads=threads)
         save = RankSave(store, ticket, options, overwrite=self.overwrite)
         # Known before it begins: a save that fails half-way through begin is aborted too.
         self._save = save

@@ -16,6 +16,7 @@ import torch
 
 import dcp_engine as dcp
 from storage_backends import filesystem_file, filesystem_store, vectored_io
+from storage_backends.testing.faulty import Hang
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
 from tests.async_saver.states import (
     assert_holds,
@@ -211,10 +212,12 @@ def test_a_failure_nobody_looked_at_comes_up_at_close(tmp_path: Path) -> None:
 def test_no_failure_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two saves fail while both are pending: one failure can be raised, the other is logged."""
     engine = dcp.Engine(max_pending=2)
+    both_pending = threading.Event()
     for name in ("first", "second"):
-        fault = CallFault(method="write_columns", error=Boom(name))
+        fault = CallFault(method="write_columns", error=Boom(name), hang=Hang(both_pending))
         writer = faulty_writer(dcp.FileSystemWriter(tmp_path / name), [fault], rank=0)
         engine.async_save(every_kind(), storage_writer=writer)
+    both_pending.set()
     with pytest.raises(dcp.CheckpointException, match="first"):
         engine.close()
     assert [str(r.exc_info[1]).count("second") > 0 for r in caplog.records if r.exc_info] == [True]
