@@ -167,18 +167,16 @@ def _steady(
         "raw write and fsync": write_raw,
         **{way.name: partial(save, way) for way in ways},
     }
-    # A plain copy right before each: what one takes changes from second to second.
-    plain_before: dict[str, list[float]] = {name: [] for name in rows}
     blocked: dict[str, list[float]] = {name: [] for name in rows}
     whole: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(-2, rounds):
         for name in in_drawn_order(rows, number):
+            # A copy after something else takes half as long again: all come after one.
             dist.barrier()
-            plain, _ = copy_plainly()
+            copy_plainly()
             dist.barrier()
             block, total = rows[name]()
             if number >= 0:
-                plain_before[name].append(plain)
                 blocked[name].append(block)
                 whole[name].append(total)
     sent = 0
@@ -191,9 +189,8 @@ def _steady(
         **{
             name: {
                 "blocked": statistics.median(blocked[name]),
-                "to plain copy_": statistics.median(
-                    b / p for b, p in zip(blocked[name], plain_before[name], strict=True)
-                ),
+                "to plain copy_": statistics.median(blocked[name])
+                / statistics.median(blocked["plain copy_"]),
                 "committed": statistics.median(whole[name]),
                 "to raw write": statistics.median(
                     w / r for w, r in zip(whole[name], whole["raw write and fsync"], strict=True)
