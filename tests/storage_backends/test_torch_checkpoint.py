@@ -21,7 +21,7 @@ STATE = {"w": torch.ones(2)}
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
     path = tmp_path / "run" / "step-1"
-    torch_dcp.save(STATE, checkpoint_id=path, no_dist=True)
+    torch_dcp.save(STATE, checkpoint_id=path)  # alone, as no process group is there
     return path
 
 
