@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from dcp_engine.async_saver.in_thread import report_failure
 from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.messages import (
     SAVE,
@@ -35,6 +34,7 @@ from dcp_engine.async_saver.messages import (
     encode,
 )
 from dcp_engine.async_saver.news import News
+from dcp_engine.async_saver.report_failure import report_failure
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.async_saver.snapshot import ColumnSnapshot, StateSnapshot
 from dcp_engine.async_saver.verdict_of_death import (

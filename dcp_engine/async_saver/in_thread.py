@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NoReturn
 
 from dcp_engine.async_saver.job import SaveJob
 from dcp_engine.async_saver.response import Progress
 from dcp_engine.async_saver.watched import WatchedOperation
 from dcp_engine.async_saver.worker_group import stay_out_of_group
-from dcp_engine.coordination.failures import raised_by_exit
-from dcp_engine.coordination.interface import Decision
-from dcp_engine.errors import CheckpointException, CoordinationError
 from dcp_engine.metadata import Metadata
 from dcp_engine.native_storage import ColumnarWriter
 from dcp_engine.saver.save import ColumnContent, ItemContent, begin_save, carry_out
 
-__all__ = ["THREAD_NICE", "report_failure", "save_here"]
+__all__ = ["THREAD_NICE", "save_here"]
 
 THREAD_NICE = 5
 """Less than a worker's: a thread that waits for a processor may hold the interpreter's lock, which
@@ -72,32 +68,3 @@ def save_here(
             beside_training=beside_training,
             nice=nice,
         ).metadata
-
-
-def report_failure(
-    job: SaveJob, error: BaseException, phase: Literal["staging", "agree"]
-) -> NoReturn:
-    """This rank failed before its save could begin: let the other ranks know, and raise what all
-    of them raise; or ``error`` itself, if that is to end or interrupt this process."""
-
-    def fail() -> bytes:
-        raise error
-
-    def decide(messages: list[bytes]) -> Decision:
-        return Decision()
-
-    try:
-        with begin_save(
-            job.session,
-            checkpoint_id=job.checkpoint_id,
-            writer=job.writer,
-            options=job.options,
-            number=job.number,
-        ) as operation:
-            operation.step(phase, fail, decide, regardless=True)
-    except CheckpointException:
-        # Another rank may have failed first, and the operation been over.
-        if raised_by_exit(error):
-            raise error from None
-        raise
-    raise CoordinationError("a failed step went well", kind="out_of_step") from error

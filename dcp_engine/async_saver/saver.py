@@ -16,8 +16,9 @@ from typing import Any, Literal
 from dcp_engine.async_saver.custom_copies import CustomCopies
 from dcp_engine.async_saver.earlier_failures import log_consequences, next_unseen, told_to_others
 from dcp_engine.async_saver.in_process import Parcel, ProcessSaver
-from dcp_engine.async_saver.in_thread import THREAD_NICE, report_failure, save_here
+from dcp_engine.async_saver.in_thread import THREAD_NICE, save_here
 from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.report_failure import report_failure
 from dcp_engine.async_saver.response import AsyncCheckpointerType, AsyncSaveResponse, Progress
 from dcp_engine.async_saver.snapshot import (
     ColumnSnapshot,

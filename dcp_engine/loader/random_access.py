@@ -24,7 +24,7 @@ from dcp_engine.loader.slicing import Selection, select
 from dcp_engine.loader.stepped import positions_apart, read_portions
 from dcp_engine.native_storage import ColumnarReader
 from dcp_engine.planning.load_plan import plan_boxes
-from dcp_engine.state.adapters.memory import as_integers
+from dcp_engine.state.adapters.memory import fill
 
 __all__ = ["Checkpoint", "LazyObject", "LazyTensor"]
 
@@ -267,7 +267,7 @@ class Checkpoint(Closing, Mapping[str, LazyTensor | LazyObject]):
                     self._manifest, plan_boxes(stored, boxes), tensors, _go_on
                 )
             if held is not part:
-                as_integers(part).copy_(as_integers(held[portion.kept]))
+                fill(part, held[portion.kept])
 
     def _read_object(self, stored: StoredObject) -> bytes:
         self._refuse_if_closed()

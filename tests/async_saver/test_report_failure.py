@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import dcp_engine as dcp
-from dcp_engine.async_saver.in_thread import report_failure
 from dcp_engine.async_saver.job import SaveJob
+from dcp_engine.async_saver.report_failure import report_failure
 from dcp_engine.coordination.failures import capture, exception_of
 from dcp_engine.coordination.interface import Deadlines
 from dcp_engine.executors.ordered_thread import OrderedThread
