@@ -71,6 +71,12 @@ class ByteStoreFile(abc.ABC):
     ``abort`` (after which nothing of it remains, as far as the medium allows).
     """
 
+    def bypass_cache(self) -> None:
+        """Said before the first ``write``: training goes on meanwhile, and will not read the file
+        soon. A medium that would keep what is written in memory that the system shares may write
+        past it; by default nothing changes. Writes are promised no order by it."""
+        return
+
     @abc.abstractmethod
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write ``buffers`` one behind the other from byte ``offset``, without joining them.

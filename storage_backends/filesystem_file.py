@@ -13,10 +13,14 @@ from contextlib import suppress
 
 from dcp_engine.errors import StorageError
 from dcp_engine.storage import Buffer, ByteStore, ByteStoreFile
+from storage_backends.direct_io import DirectWriter
 from storage_backends.os_errors import storage_errors
 from storage_backends.vectored_io import WRITE_BACK_BYTES, pwrite_all, start_write_back
 
 __all__ = ["FileSystemFile"]
+
+_DIRECT_BYTES = 1 << 20
+"""Smaller files are not worth direct I/O."""
 
 
 class FileSystemFile(ByteStoreFile):
@@ -36,6 +40,15 @@ class FileSystemFile(ByteStoreFile):
         # One write at a time: the kernel's own lock of a file lets no more in, and threads that
         # wait for it burn processor time that digests need.
         self._writing = threading.Lock()
+        self._direct: DirectWriter | None = None
+
+    def bypass_cache(self) -> None:
+        """See ``ByteStoreFile``. Only where ``sync`` waits for the disk anyway, and while the
+        file is written from begin to end."""
+        if not self._store.durable_sync or (self._size or 0) < _DIRECT_BYTES:
+            return
+        with storage_errors("write the file", checkpoint=self._store.url, file=self._name):
+            self._direct = DirectWriter.begin(self._open_descriptor())
 
     def _open_descriptor(self) -> int:
         if self._descriptor is None:
@@ -47,19 +60,40 @@ class FileSystemFile(ByteStoreFile):
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         with storage_errors("write the file", checkpoint=self._store.url, file=self._name):
             descriptor = self._open_descriptor()
+            nbytes = sum(buffer.nbytes for buffer in buffers)
             with self._writing:
+                if self._writes_directly(buffers, offset, nbytes):
+                    return
                 pwrite_all(descriptor, buffers, offset)
-            if self._store.durable_sync:
-                nbytes = sum(buffer.nbytes for buffer in buffers)
-                # A small file's bytes too, when they are all there: it may be synced after others.
-                if nbytes >= WRITE_BACK_BYTES or offset + nbytes == self._size:
-                    start_write_back(descriptor, offset, nbytes)
+            # A small file's bytes too, when they are all there: it may be synced after others.
+            at_once = nbytes >= WRITE_BACK_BYTES or offset + nbytes == self._size
+            if self._store.durable_sync and at_once:
+                start_write_back(descriptor, offset, nbytes)
+
+    def _writes_directly(self, buffers: Sequence[Buffer], offset: int, nbytes: int) -> bool:
+        if self._direct is None:
+            return False
+        in_order = offset == self._direct.end
+        if in_order:
+            self._direct.write(buffers)
+        if not in_order or offset + nbytes == self._size:
+            self._end_direct()
+        return in_order
+
+    def _end_direct(self) -> None:
+        """All that comes later goes through the page cache."""
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            direct.finish()
 
     def sync(self) -> None:
         if not self._store.durable_sync:
             return
         with storage_errors("make the file durable", checkpoint=self._store.url, file=self._name):
-            os.fsync(self._open_descriptor())
+            descriptor = self._open_descriptor()
+            with self._writing:
+                self._end_direct()
+            os.fsync(descriptor)
 
     def _take(self) -> int | None:
         with self._lock:
@@ -67,10 +101,12 @@ class FileSystemFile(ByteStoreFile):
         return descriptor
 
     def close(self) -> None:
-        descriptor = self._take()
-        if descriptor is not None:
-            # NFS reports at close that a write before failed.
-            with storage_errors("close the file", checkpoint=self._store.url, file=self._name):
+        with storage_errors("close the file", checkpoint=self._store.url, file=self._name):
+            with self._writing:
+                self._end_direct()
+            descriptor = self._take()
+            if descriptor is not None:
+                # NFS reports at close that a write before failed.
                 os.close(descriptor)
 
     def abort(self) -> None:

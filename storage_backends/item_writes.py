@@ -24,6 +24,7 @@ from dcp_engine.native_storage import RankReport, SaveTicket
 from dcp_engine.plan import SavePlan, WriteItem, WriteItemType
 from dcp_engine.planner import SavePlanner
 from dcp_engine.planning.item_bytes import from_item_bytes
+from dcp_engine.planning.layout import alignment_classes
 from dcp_engine.storage import WriteResult
 from storage_backends.layout import FileLayout, RankLayout, place_objects
 
@@ -97,13 +98,14 @@ def lay_out_items(
 ) -> tuple[RankLayout, list[ItemPlace]]:
     """The files for ``items``, and the place of each.
 
-    Tensors lie by falling element size, then in the order of the items, and are resolved when
-    they are written; bytes are resolved at once, because nobody knows their sizes before.
+    Tensors lie as ``planning.layout`` has them, for alignment, and are resolved when they are
+    written; bytes are resolved at once, because nobody knows their sizes before.
     """
     tensors = [row for row, item in enumerate(items) if item.type.name != _BYTES]
     sizes = {row: _nbytes(items[row]) for row in tensors}
     stored = [row for row in tensors if sizes[row]]
-    stored.sort(key=lambda row: -_dtype(items[row]).itemsize)
+    classes = alignment_classes(np.array([sizes[row] for row in stored], np.int64))
+    stored = [stored[at] for at in np.argsort(classes, kind="stable").tolist()]
     bounds = [entry_size_bound(items[row].index.fqn, len(_sizes(items[row]))) for row in stored]
     numbers = split_by_header_limit(np.array(bounds, np.int64)).tolist()
     files = [FileLayout(number=number) for number in range(max(numbers, default=-1) + 1)]

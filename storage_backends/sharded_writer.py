@@ -76,6 +76,8 @@ class ShardedWriter(ColumnarWriter, WriterStager):
         max_inflight_bytes: bound of the memory a save holds beside the tensors, 32 MiB at least
             (what one thread may hold); lowers
             ``thread_count`` where it must.
+        bypass_cache: write past a cache that the system shares, where the medium can; None: if the
+            save happens beside training.
     """
 
     OPTIONS = frozenset({"thread_count", "overwrite", "block_size", "max_inflight_bytes"})
@@ -89,6 +91,7 @@ class ShardedWriter(ColumnarWriter, WriterStager):
         overwrite: bool = True,
         block_size: int = DEFAULT_BLOCK_SIZE,
         max_inflight_bytes: int = 256 << 20,
+        bypass_cache: bool | None = None,
     ) -> None:
         if thread_count is None:
             thread_count = default_threads()
@@ -103,7 +106,7 @@ class ShardedWriter(ColumnarWriter, WriterStager):
         # Public, as in DCP, where subclasses read and assign them.
         self.overwrite = overwrite
         self.thread_count = thread_count
-        self._options = WriteOptions(block_size=block_size)
+        self._options = WriteOptions(block_size=block_size, bypass_cache=bypass_cache)
         self._most_threads = max(1, max_inflight_bytes // INFLIGHT_PER_THREAD)
         self._store: ByteStore | None = None
         self._save: RankSave | None = None
@@ -337,7 +340,7 @@ class ShardedWriter(ColumnarWriter, WriterStager):
             )
         save = self._save
         if save is None:
-            save = self._begin(self._point_to(None), told.ticket(run_identity("")))
+            save = self._begin(self._point_to(None), self._own_ticket(told))
         layout, places = lay_out_items(plan.items, planner)
         try:
             report = save.write(layout, lambda: None)
@@ -345,6 +348,18 @@ class ShardedWriter(ColumnarWriter, WriterStager):
             error.with_context(rank=told.rank)
             raise
         return write_results(plan.items, places, report)
+
+    def _own_ticket(self, told: ItemTicket) -> SaveTicket:
+        """What the plan told; and how this rank saves, if somebody announced that."""
+        ticket, own = told.ticket(run_identity("")), self._ticket
+        if own is None:
+            return ticket
+        return replace(
+            ticket,
+            by_worker=own.by_worker,
+            beside_training=own.beside_training,
+            nice=own.nice,
+        )
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         save = self._current()

@@ -55,6 +55,9 @@ class WriteOptions:
     threads: int = 1
     job_bytes: int = 16 << 20
     """What one thread writes, about, before it takes the next job; at least a block."""
+    bypass_cache: bool | None = None
+    """Write past a cache that the system shares (``ByteStoreFile.bypass_cache``); None: if the
+    save happens beside training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,8 @@ def write_file(
     check()
     file = files.create(name, size)
     try:
+        if options.bypass_cache:
+            file.bypass_cache()
         file.write([memoryview(header)], 0)
         if _goes_in_order(store, plan, options):
             _write_in_order(file, plan, check, wrote)

@@ -1,8 +1,9 @@
 """Where each written piece lies: file and byte position.
 
-Within a file, falling element size, then plan order: so every tensor is aligned to its element,
-without gaps. Belongs here: that arithmetic. Does not belong here: bytes of headers and objects
-(``format``, the writer), which come before and behind.
+Within a file, by the power of two that divides a piece's size, falling, then plan order: so every
+piece is aligned to its elements, and those of whole pages to pages, without gaps. Belongs here:
+that arithmetic. Does not belong here: bytes of headers and objects (``format``, the writer), which
+come before and behind.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import numpy.typing as npt
 
 from dcp_engine.planning.arrays import blocks, run_blocks, segment_positions, stable_order
 from dcp_engine.planning.columns import I32, I64, PlannedFiles, TensorTable
-from dcp_engine.planning.item_sizes import item_sizes
 
-__all__ = ["HEADER_LIMIT", "Places", "lay_out"]
+__all__ = ["HEADER_LIMIT", "Places", "alignment_classes", "lay_out"]
 
 HEADER_LIMIT = 40 << 20
 """Bytes of header entries for tensors at which a new file begins. Readers refuse headers of
 100 MB, the format's own limit is 50 MB; objects need room too."""
 
-_ELEMENT_CLASSES = 8
-"""Element sizes are 16, 8, 4, 2 or 1; one more class per power of two, largest first."""
-_CLASS_OF_SIZE = _ELEMENT_CLASSES - 1 - np.log2(np.maximum(np.arange(17), 1)).astype(np.int64)
+_PAGE = 4096
+"""More alignment is of no use to direct I/O and mapping."""
+_CLASSES = 13
+"""One per power of two up to a page."""
+_CLASS_OF_POWER = np.zeros(_PAGE + 1, np.int8)
+_CLASS_OF_POWER[1 << np.arange(_CLASSES)] = np.arange(_CLASSES)[::-1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +54,7 @@ def lay_out(
         nbytes: (P,) bytes of the piece.
         files_per_rank: split a rank's data over as many files by bytes.
     """
-    order = _file_order(tensors, tensor, rank)
+    order = _file_order(rank, nbytes)
     by_rank = rank.take(order)
     entries = _header_bytes(tensors)
     file, start = np.empty(len(order), np.int32), np.empty(len(order), np.int64)
@@ -101,13 +104,21 @@ def _first_of_files(
     return np.flatnonzero(begins)
 
 
-def _file_order(tensors: TensorTable, tensor: I32, rank: I32) -> npt.NDArray[np.intp]:
-    """The order of pieces in files: by rank, falling element size, plan."""
-    classes = _CLASS_OF_SIZE.take(item_sizes(tensors.dtypes))
-    top = (int(rank.max(initial=0)) + 1) * _ELEMENT_CLASSES
+def alignment_classes(nbytes: I64) -> npt.NDArray[np.int8]:
+    """(P,) 0 for sizes of whole pages, and one more for each power of two that a size has less.
+    Since sizes are multiples of their element size, pieces that lie by rising class one behind the
+    other, from a page on, are aligned to their elements."""
+    powers = nbytes & -nbytes
+    powers[(powers == 0) | (powers > _PAGE)] = _PAGE
+    return _CLASS_OF_POWER.take(powers)
+
+
+def _file_order(rank: I32, nbytes: I64) -> npt.NDArray[np.intp]:
+    """The order of pieces in files: by rank, alignment, plan."""
+    top = (int(rank.max(initial=0)) + 1) * _CLASSES
     key = np.empty(len(rank), np.min_scalar_type(top - 1))
     for block in blocks(len(rank)):
-        key[block] = rank[block] * np.int64(_ELEMENT_CLASSES) + classes.take(tensor[block])
+        key[block] = rank[block] * np.int64(_CLASSES) + alignment_classes(nbytes[block])
     return stable_order(key)
 
 

@@ -100,6 +100,9 @@ class WrappingFile(ByteStoreFile):
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         self._store.write_to(self._inner, self._name, buffers, offset)
 
+    def bypass_cache(self) -> None:
+        self._inner.bypass_cache()
+
     def sync(self) -> None:
         self._store.around("sync", self._name, self._inner.sync)
 

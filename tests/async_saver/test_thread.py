@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dcp_engine as dcp
-from storage_backends import filesystem_file, filesystem_store, vectored_io
+from storage_backends import direct_io, filesystem_file, filesystem_store, vectored_io
 from storage_backends.testing.faulty import Hang
 from storage_backends.testing.faulty_calls import CallFault, faulty_writer
 from tests.async_saver.states import (
@@ -268,7 +268,7 @@ def test_only_the_writing_gives_way(
         seen.add((kind, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
         write(descriptor, *args)
 
-    for module in (filesystem_file, filesystem_store):
+    for module in (filesystem_file, filesystem_store, direct_io):
         monkeypatch.setattr(module, "pwrite_all", look)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     lowered = min(own + 5, 19)

@@ -207,8 +207,8 @@ MANIFESTS: dict[str, tuple[Damage, Refusal]] = {
         damaged("manifest_invalid"),
     ),
     "two tensors in one place": (
-        lambda root: forge(root, lambda f: move_chunk(f, 0)),
-        damaged("chunks_overlap", tensor="model.weight"),
+        lambda root: forge(root, lambda f: move_chunk(f, 40)),
+        damaged("chunks_overlap", tensor="large"),
     ),
     "an object behind the end": (
         lambda root: forge(root, lambda f: move_blob(f, 10**9)),
@@ -269,8 +269,11 @@ FILES: dict[str, tuple[Damage, Refusal]] = {
     "its header flipped": (flip(DATA, 20), in_data("header_mismatch")),
     "its header's length flipped": (flip(DATA, 2), in_data("header_mismatch")),
     "its header's padding flipped": (flip(DATA, 4095), in_data("header_mismatch")),
-    "a tensor flipped": (flip(DATA, 4096), in_data("digest_mismatch", DATA, "model.weight")),
-    "another tensor flipped": (flip(DATA, 4096 + 200), in_data("digest_mismatch", DATA, "large")),
+    "a tensor flipped": (flip(DATA, 4096), in_data("digest_mismatch", DATA, "large")),
+    "another tensor flipped": (
+        flip(DATA, 4096 + 160_000),
+        in_data("digest_mismatch", DATA, "model.weight"),
+    ),
     "an object flipped": (flip(DATA, -1), in_data("digest_mismatch", DATA, "blob")),
     "digests missing": (remove(DIGESTS), in_data("file_missing", DIGESTS)),
     "digests empty": (cut(DIGESTS, 0), in_data("file_short", DIGESTS)),
@@ -386,7 +389,7 @@ def test_the_data_file_of_another_checkpoint(root: Path, tmp_path: Path) -> None
 
 def test_without_digests_files_and_headers_are_still_checked(root: Path) -> None:
     """``verify_digests=False`` drops the check of numbers, no other."""
-    flip(DATA, 4096)(root)
+    flip(DATA, 4096 + 160_000)(root)
     reader = dcp.FileSystemReader(root, verify_digests=False)
     loaded = empty()
     dcp.load(loaded, storage_reader=reader, no_dist=True)

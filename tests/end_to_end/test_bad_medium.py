@@ -261,7 +261,7 @@ def test_a_bit_that_flips_on_the_way_to_the_disk_is_seen_by_the_load(tmp_path: P
             error=dcp.DamagedCheckpointError,
             kind="digest_mismatch",
             file=file,
-            tensor="model.weight",
+            tensor="large",
         ),
         tmp_path,
     )

@@ -125,6 +125,8 @@ def check(
         order = list(zip(*(chunks.offsets[pieces, d].tolist() for d in range(ndim)), strict=True))
         assert order == sorted(order), "chunks are sorted by offsets"
     assert chunks.tensor.tolist() == sorted(chunks.tensor.tolist())
+    powers = np.minimum(np.where(chunks.nbytes, chunks.nbytes & -chunks.nbytes, 4096), 4096)
+    assert not (chunks.start % powers).any(), "aligned as the size is, up to a page"
 
 
 @settings(max_examples=120, deadline=None)
@@ -366,7 +368,7 @@ def test_a_box_that_one_rank_lists_twice_is_written_once() -> None:
     assert plan.chunks.nbytes.tolist() == [16]
 
 
-def test_files_split_by_bytes_and_elements_fall() -> None:
+def test_files_split_by_bytes_and_alignment_falls() -> None:
     values: list[Value] = [
         replicated("bytes", (64,), dtype=torch.uint8),
         replicated("doubles", (64,), dtype=torch.int64),
@@ -380,6 +382,21 @@ def test_files_split_by_bytes_and_elements_fall() -> None:
     assert mine.file.tolist() == [0, 1, 1, 1]
     assert mine.start.tolist() == [0, 0, 256, 512]
     assert mine.file_data_bytes.tolist() == [512, 576]
+
+
+def test_whole_pages_come_first_whatever_their_elements() -> None:
+    values: list[Value] = [
+        replicated("norm", (100,)),
+        replicated("half a page of doubles", (256,), dtype=torch.int64),
+        replicated("pages of bytes", (8192,), dtype=torch.uint8),
+        replicated("pages", (3, 1024)),
+        replicated("odd", (3,), dtype=torch.uint8),
+    ]
+    plans = local_plans([values])
+    mine = next(assignments(make_global_plan(plans, coordinator_rank=0), plans))
+    names = [source(values).names[i] for i in mine.source]
+    assert names == ["pages of bytes", "pages", "half a page of doubles", "norm", "odd"]
+    assert mine.start.tolist() == [0, 8192, 20480, 22528, 22928]
 
 
 def test_a_new_file_begins_before_a_header_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

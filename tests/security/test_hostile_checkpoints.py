@@ -371,7 +371,7 @@ HEADERS: dict[str, Callable[[Fields], object]] = {
     "offset huge": entry(data_offsets=[0, 1 << 63]),
     "offset huger": entry(data_offsets=[0, 1 << 80]),
     "offset negative": entry(data_offsets=[-8, 160_000]),
-    "overlap": entry(data_offsets=[0, 160_000]),
+    "overlap": entry(data_offsets=[40, 160_040]),
     "nan": entry(shape=[float("nan")]),
     "infinity": entry(data_offsets=[0, float("inf")]),
     "no dtype": lambda header: header["large"].pop("dtype"),

@@ -26,6 +26,12 @@ from dcp_engine.planning.columns import (
 )
 from dcp_engine.state.values import EntryKind
 
+
+def _alignment(nbytes: int) -> int:
+    """The largest power of two, at most a page, that divides the size."""
+    return min(nbytes & -nbytes or 4096, 4096)
+
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 IDENTITY = RunIdentity(run_id="run", restart_count=1, group="", host="host", boot_id="boot", pid=1)
@@ -58,10 +64,10 @@ class HandPlan:
         return sorted({shard.rank for shard in self.shards})
 
     def placed(self) -> list[tuple[Shard, int]]:
-        """Shards with their start, by rank and falling element size."""
+        """Shards with their start, by rank and alignment of their size."""
         ends = dict.fromkeys(self._files(), 0)
         result = []
-        for shard in sorted(self.shards, key=lambda s: (s.rank, -s.tensor.element_size())):
+        for shard in sorted(self.shards, key=lambda s: (s.rank, -_alignment(s.tensor.nbytes))):
             result.append((shard, ends[shard.rank]))
             ends[shard.rank] += shard.tensor.numel() * shard.tensor.element_size()
         return result

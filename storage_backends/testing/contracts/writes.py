@@ -56,6 +56,33 @@ class WriteChecks(StoreFixtures):
         assert alike(medium.read("f"), data)
         assert store.size("f") == len(data)
 
+    def test_files_that_bypass_a_cache(self, store: ByteStore, medium: Medium) -> None:
+        """Content, size and listing are as ever, however the buffers are cut."""
+        data = pattern(self.LARGE, 5)
+        view = memoryview(data)
+        file = store.create("f", len(data))
+        file.bypass_cache()
+        begin = 0
+        for step in (4096, 1, 3 << 20, 511, len(data)):
+            end = min(begin + step, len(data))
+            middle = (begin + end) // 2
+            file.write([view[begin:middle], view[middle:end]], begin)
+            begin = end
+        file.sync()
+        file.close()
+        assert alike(medium.read("f"), data)
+        assert store.size("f") == len(data)
+        assert [(found.name, found.size) for found in store.list()] == [("f", len(data))]
+
+    def test_files_that_bypass_a_cache_and_are_given_up(
+        self, store: ByteStore, medium: Medium
+    ) -> None:
+        file = store.create("f", self.LARGE)
+        file.bypass_cache()
+        file.write([memoryview(pattern(5000))], 0)
+        file.abort()
+        assert medium.names() == set()
+
     def test_one_large_write(self, store: ByteStore, medium: Medium) -> None:
         data = pattern(self.LARGE, 3)
         write_file(store, "f", data)

@@ -235,6 +235,39 @@ class NeverClosesAFile(Broken):
         return _EndlessFile(self, name, self.inner.create(name, size))
 
 
+class _BlocksOnly(WrappingFile):
+    """Past its cache it writes whole blocks, and forgets what is left."""
+
+    bypassing = False
+
+    def bypass_cache(self) -> None:
+        self.bypassing = True
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        data = b"".join(buffers)
+        nbytes = len(data) // 512 * 512 if self.bypassing else len(data)
+        super().write([memoryview(data[:nbytes])], offset)
+
+
+@caught_by("test_files_that_bypass_a_cache")
+class WritesWholeBlocksOnly(Broken):
+    def create(self, name: str, size: int | None = None) -> ByteStoreFile:
+        return _BlocksOnly(self, name, self.inner.create(name, size))
+
+
+class _TwoFiles(WrappingFile):
+    """Past its cache it has a file beside the one that it gives up."""
+
+    def bypass_cache(self) -> None:
+        self._store.inner.put(f"{self._name}.direct", b"")
+
+
+@caught_by("test_files_that_bypass_a_cache_and_are_given_up")
+class ForgetsItsOtherFile(Broken):
+    def create(self, name: str, size: int | None = None) -> ByteStoreFile:
+        return _TwoFiles(self, name, self.inner.create(name, size))
+
+
 @caught_by("test_a_name_that_is_taken")
 class WritesOverWhatIsThere(Broken):
     def create(self, name: str, size: int | None = None) -> ByteStoreFile:
