@@ -27,6 +27,8 @@ class AsyncWay(Protocol):
     """Begins saves; ``close`` gives back what it holds."""
 
     name: str
+    kept: bool
+    """The memory for its copies is."""
 
     def begin(self, state: dict[str, Any], path: str) -> Future[Any]: ...
 
@@ -38,6 +40,7 @@ class OursAsync:
 
     def __init__(self, kind: str, *, background: bool = False) -> None:
         self.name = f"ours, {kind}" + (", background staging" if background else "")
+        self.kept = True
         self.engine = dcp_engine.Engine()
         self._kind = dcp_engine.AsyncCheckpointerType(kind)
         self._background = background
@@ -60,6 +63,7 @@ class DcpAsync:
 
     def __init__(self, kind: str, *, kept: bool) -> None:
         self.name = f"DCP, {kind}" + (", kept stager" if kept else "")
+        self.kept = kept
         self._type = DcpType(kind)
         self._stager = None
         if kept:
