@@ -111,6 +111,8 @@ class FileSystemFile(ByteStoreFile):
 
     def abort(self) -> None:
         descriptor = self._take()
+        # With what it holds back: the descriptor's number may be another file's soon.
+        self._direct = None
         if descriptor is not None:
             with suppress(OSError):
                 os.close(descriptor)

@@ -232,6 +232,19 @@ class TestWriter:
         file.abort()
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_close_after_abort_writes_nowhere(self, tmp_path: Path, disk: Disk) -> None:
+        """Least of all to the next file, which has the descriptor's number now."""
+        file = FileSystemStore(tmp_path).create("f", 8 << 20)
+        file.bypass_cache()
+        file.write(pieces((0, 100)), 0)
+        file.abort()
+        (number,) = disk.direct
+        with open(tmp_path / "other", "wb") as other:
+            os.dup2(other.fileno(), number)
+            file.close()
+            os.close(number)
+        assert (tmp_path / "other").stat().st_size == 0
+
     @pytest.mark.parametrize(("sync", "size"), [(False, 8 << 20), (True, 1000), (True, None)])
     def test_where_it_is_not_worth_it(
         self, tmp_path: Path, disk: Disk, sync: bool, size: int | None
