@@ -72,9 +72,10 @@ class ByteStoreFile(abc.ABC):
     """
 
     def bypass_cache(self) -> None:
-        """Said before the first ``write``: training goes on meanwhile, and will not read the file
-        soon. A medium that would keep what is written in memory that the system shares may write
-        past it; by default nothing changes. Writes are promised no order by it."""
+        """Said before the first ``write`` of a file that nobody is going to read soon, while others
+        want memory and processors. A medium that would keep what is written in memory that the
+        system shares may write past it; by default nothing changes. Writes are promised no order
+        by it."""
         return
 
     @abc.abstractmethod

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import accumulate
 
@@ -76,7 +76,7 @@ class RankSave:
     ) -> None:
         self.store = store
         self.ticket = ticket
-        self._options = _beside_training(options, ticket)
+        self._options = options
         self._overwrite = overwrite
         self._directory = data_directory(ticket.save_id)
         self._begun = False
@@ -366,16 +366,6 @@ class RankSave:
             replaced = data_directory(self._observed)
             if read_owner(self.store, replaced) is not None:
                 self.store.put(f"{replaced}/{OWNER_NAME}", mark)
-
-
-def _beside_training(options: WriteOptions, ticket: SaveTicket) -> WriteOptions:
-    """How ``ticket``'s save writes: training beside it keeps its processors, and what the system
-    has cached for it."""
-    if ticket.beside_training:
-        options = replace(options, threads=1)
-    if options.bypass_cache is None:
-        options = replace(options, bypass_cache=ticket.beside_training or ticket.by_worker)
-    return options
 
 
 def _parents(directory: str, files: Iterable[str]) -> list[str]:

@@ -167,13 +167,19 @@ class ShardedWriter(ColumnarWriter, WriterStager):
             store.close()
 
     def _begin(self, store: ByteStore, ticket: SaveTicket) -> RankSave:
-        threads = max(1, min(self.thread_count, self._most_threads))
-        options = replace(self._options, threads=threads)
-        save = RankSave(store, ticket, options, overwrite=self.overwrite)
+        save = RankSave(store, ticket, self._options_for(ticket), overwrite=self.overwrite)
         # Known before it begins: a save that fails half-way through begin is aborted too.
         self._save = save
         save.begin()
         return save
+
+    def _options_for(self, ticket: SaveTicket) -> WriteOptions:
+        """Training beside the save keeps its processors, and what the system has cached for it."""
+        threads = max(1, min(self.thread_count, self._most_threads))
+        options = replace(self._options, threads=1 if ticket.beside_training else threads)
+        if options.bypass_cache is None:
+            options = replace(options, bypass_cache=ticket.beside_training or ticket.by_worker)
+        return options
 
     def _current(self) -> RankSave:
         if self._save is None:

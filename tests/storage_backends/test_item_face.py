@@ -41,7 +41,8 @@ from dcp_engine.plan import (
 )
 from dcp_engine.planner import LoadPlanner, SavePlanner
 from dcp_engine.planning.item_bytes import item_bytes, read_item_bytes
-from dcp_engine.storage import WriteResult
+from dcp_engine.storage import ByteStore, WriteResult
+from storage_backends import rank_save
 from storage_backends.filesystem import FileSystemReader, FileSystemWriter
 from storage_backends.filesystem_store import FileSystemStore
 from storage_backends.sharded_writer import ShardedWriter
@@ -260,6 +261,34 @@ def test_shards_of_several_ranks(tmp_path: Path) -> None:
     assert into["o"] == "mine"
     metadata = FileSystemReader(tmp_path).read_metadata()
     assert dict(metadata.planner_data) == {"w": ("w",), "r": ("r",), "o": ("o",)}
+
+
+@pytest.mark.parametrize("how", ["by_worker", "beside_training", None])
+def test_all_ranks_give_way_to_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str | None
+) -> None:
+    """How a rank saves is announced to its own writer; the plan comes from the coordinator."""
+    seen: list[tuple[str, bool | None, int]] = []
+    write = rank_save.write_file
+
+    def look(store: ByteStore, name: str, *args: Any) -> Any:
+        options = args[2]
+        seen.append((name.rpartition("/")[2], options.bypass_cache, options.threads))
+        return write(store, name, *args)
+
+    monkeypatch.setattr(rank_save, "write_file", look)
+    ticket = SaveTicket(
+        save_id=new_save_id(), rank=0, world_size=2, coordinator_rank=0, identity=IDENTITY
+    )
+    if how is not None:
+        ticket = replace(ticket, **{how: True})
+    states: list[dict[str, Value]] = [{"a": torch.ones(3)}, {"b": torch.ones(3)}]
+    save_items([FileSystemWriter(tmp_path, thread_count=3) for _ in states], states, ticket=ticket)
+    threads = 1 if how == "beside_training" else 3
+    assert sorted(seen) == [
+        ("rank00000-00.safetensors", how is not None, threads),
+        ("rank00001-00.safetensors", how is not None, threads),
+    ]
 
 
 def test_overwrite_and_storage_meta(tmp_path: Path) -> None:
